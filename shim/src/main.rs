@@ -1,0 +1,2 @@
+//! containerd-shim-husk-v2.
+fn main() {}

@@ -1,0 +1,82 @@
+//! The VM's configuration: JSON on a descriptor that the shim hands over (`husk-vmm --config-fd N`). Every other resource is a
+//! descriptor too, inherited at start and named here by its number; the VMM opens nothing by path afterwards.
+
+use serde::{Deserialize, Serialize};
+
+/// Number of an inherited descriptor.
+pub type Fd = i32;
+
+/// One VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// The pod's id, on every line of the log.
+    pub id: String,
+    /// Number of vCPUs, 1 to 64.
+    pub vcpus: u8,
+    /// Guest memory in MiB, at least 64.
+    pub memory_mib: u64,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// The uncompressed ELF kernel (PVH), open for reading.
+    pub kernel: Fd,
+    /// The initramfs, open for reading.
+    pub initramfs: Fd,
+    /// /dev/kvm, open for reading and writing.
+    pub kvm: Fd,
+    /// Connected stream socket on which the control API is served.
+    pub control: Fd,
+    /// Connected seqpacket socket on which vsock connections are handed over, see [`crate::dial`].
+    pub dial: Fd,
+    /// Where the guest's console goes (write end of a pipe; full means dropped).
+    pub console: Fd,
+    /// An early serial console (ttyS0) beside hvc0, to find out why a guest does not start.
+    #[serde(default)]
+    pub serial: bool,
+    /// Network interfaces.
+    #[serde(default)]
+    pub nets: Vec<NetConfig>,
+    /// The shared file system; none in VMs that need no files.
+    #[serde(default)]
+    pub fs: Option<FsConfig>,
+    /// The walls around the VMM's process; none only in tests that run without root.
+    #[serde(default)]
+    pub jail: Option<JailConfig>,
+}
+
+/// One virtio-net device on a tap.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The tap (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR), attached.
+    pub tap: Fd,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// Maximum transmission unit in bytes.
+    pub mtu: u16,
+}
+
+/// The vhost-user-fs device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// Connected stream socket to husk-fs (vhost-user).
+    pub socket: Fd,
+    /// virtio-fs tag, at most 36 bytes.
+    pub tag: String,
+    /// Number of request queues; husk-fs must serve as many.
+    pub request_queues: u16,
+}
+
+/// The walls of a helper process: own user, no capabilities, empty root, own namespaces, seccomp, rlimits.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailConfig {
+    /// User id to run as; not 0.
+    pub uid: u32,
+    /// Group id to run as; not 0.
+    pub gid: u32,
+    /// The pod's network namespace, if the process is to live in it.
+    #[serde(default)]
+    pub netns: Option<Fd>,
+}

@@ -1,0 +1,2 @@
+//! husk-fs.
+fn main() {}
