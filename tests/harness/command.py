@@ -1,0 +1,25 @@
+"""Runs programs for the tests: every run has a deadline, and a failure shows what was run and all that it said."""
+
+import subprocess
+
+
+class Failed(AssertionError):
+    """A program that should have succeeded did not."""
+
+
+def run(*command, timeout=60, check=True, stdin=None, text=True, env=None):
+    """Runs a command to its end; its result has returncode, stdout and stderr."""
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(words, input=stdin, stdin=None if stdin is not None else subprocess.DEVNULL,
+                              capture_output=True, text=text, timeout=timeout, env=env)
+    except subprocess.TimeoutExpired as late:
+        raise Failed(f"`{' '.join(words)}` was not done after {timeout} s; so far: {late.stdout!r} {late.stderr!r}") from None
+    if check and done.returncode:
+        raise Failed(f"`{' '.join(words)}` ended with {done.returncode}:\n{done.stdout[-2000:]!s}\n{done.stderr[-4000:]!s}")
+    return done
+
+
+def output(*command, **options):
+    """What a command that succeeds prints, without the last newline."""
+    return run(*command, **options).stdout.rstrip("\n")

@@ -1,0 +1,97 @@
+"""A private containerd with a CNI bridge and the runtimes runc and husk, for one run of tests."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+
+from .command import Failed, output, run
+
+SOCKET = "/run/husk-test/containerd.sock"
+NAMESPACE = "k8s.io"
+CLIENT_CONFIG = "/run/husk-test/crictl.yaml"
+
+CONFIG = """version = 2
+root = "/var/lib/containerd/husk-test"
+state = "/run/husk-test/state"
+[grpc]
+  address = "{socket}"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "husk.test/pause:1"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/usr/lib/cni"
+    conf_dir = "/run/husk-test/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "husk"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk]
+      runtime_type = "io.containerd.husk.v2"
+      pod_annotations = ["io.husk.*"]
+"""
+
+NETWORK = {
+    "cniVersion": "1.0.0", "name": "husk-test", "plugins": [
+        {"type": "bridge", "bridge": "husk0", "isGateway": True, "ipMasq": False,
+         "ipam": {"type": "host-local", "dataDir": "/run/husk-test/ipam", "ranges": [[{"subnet": "10.123.0.0/16"}]],
+                  "routes": [{"dst": "0.0.0.0/0"}]}},
+        {"type": "portmap", "capabilities": {"portMappings": True}}]}
+
+
+class Containerd:
+    """The daemon; `log` is what it and the shims say."""
+
+    def __init__(self, logs, binaries, images):
+        self.log = pathlib.Path(logs) / "containerd.log"
+        self.binaries = binaries
+        self.images = images
+        self.process = None
+
+    def start(self):
+        """Starts the daemon and returns once it said that it is ready."""
+        for folder in ("/run/husk-test/cni", "/var/lib/containerd/husk-test"):
+            os.makedirs(folder, exist_ok=True)
+        pathlib.Path("/run/husk-test/cni/10-husk.conflist").write_text(json.dumps(NETWORK))
+        config = pathlib.Path("/run/husk-test/config.toml")
+        config.write_text(CONFIG.format(socket=SOCKET))
+        pathlib.Path(CLIENT_CONFIG).write_text(f"runtime-endpoint: unix://{SOCKET}\nimage-endpoint: unix://{SOCKET}\ntimeout: 60\n")
+        ready = "/run/husk-test/ready.sock"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            pathlib.Path(ready).unlink(missing_ok=True)
+            notify.bind(ready)
+            notify.settimeout(60)
+            env = {**os.environ, "PATH": f"{self.binaries}:{os.environ['PATH']}", "NOTIFY_SOCKET": ready}
+            with open(self.log, "a") as log:
+                self.process = subprocess.Popen(["containerd", "-c", str(config)], env=env, stdin=subprocess.DEVNULL,
+                                                stdout=log, stderr=log)
+            try:
+                while b"READY=1" not in notify.recv(4096):
+                    pass
+            except TimeoutError:
+                raise Failed(f"containerd was not ready after 60 s: {self.log.read_text()[-3000:]}") from None
+
+    def load(self, *names):
+        """Loads images of tests/images by name."""
+        for name in names:
+            run("ctr", "-a", SOCKET, "-n", NAMESPACE, "images", "import", "--local" if self._local_import() else "--digests",
+                f"{self.images}/{name}.tar", timeout=300)
+
+    def _local_import(self):
+        return output("containerd", "--version").split()[2].lstrip("v").startswith("2.")
+
+    def stop(self):
+        """Ends the daemon; the pods stay, as on a real node."""
+        self.process.terminate()
+        self.process.wait(30)
+
+    def kill(self):
+        """Ends the daemon without a chance to tidy up."""
+        self.process.kill()
+        self.process.wait(30)
+
+
+def installed():
+    """Programs that a run needs and that are not there."""
+    return [name for name in ("containerd", "ctr", "crictl", "runc", "ip") if not shutil.which(name)]

@@ -1,0 +1,78 @@
+/* The guest's init in the VM tests: prints what it sees of its machine, then ends it as "husk.test=..." on the command line says. */
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/socket.h>
+#include <sys/sysinfo.h>
+#include <linux/vm_sockets.h>
+#include <unistd.h>
+
+static void print_file(const char *label, const char *path) {
+    char text[4096] = "";
+    int fd = open(path, O_RDONLY);
+    ssize_t len = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    if (fd >= 0) close(fd);
+    if (len > 0 && text[len - 1] == '\n') text[len - 1] = 0;
+    printf("%s=%s\n", label, len < 0 ? "none" : text);
+}
+
+static void print_devices(const char *bus) {
+    char path[512];
+    DIR *dir = opendir(bus);
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        if (entry->d_name[0] == '.') continue;
+        snprintf(path, sizeof path, "%s/%s/device", bus, entry->d_name);
+        printf("device %s ", entry->d_name);
+        print_file("id", path);
+    }
+    if (dir) closedir(dir);
+}
+
+/* Dials the host as the agent does, sends a line and prints the answer. */
+static void talk(void) {
+    struct sockaddr_vm host = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = 1024};
+    char answer[64] = "";
+    int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&host, sizeof host) || write(fd, "hello", 5) != 5 || read(fd, answer, 63) <= 0)
+        perror("vsock");
+    printf("vsock=%s\n", answer);
+    close(fd);
+}
+
+int main(void) {
+    char cmdline[4096] = "";
+    setvbuf(stdout, NULL, _IONBF, 0);
+    mount("proc", "/proc", "proc", 0, "");
+    mount("sysfs", "/sys", "sysfs", 0, "");
+    mount("devtmpfs", "/dev", "devtmpfs", 0, "");
+    int fd = open("/proc/cmdline", O_RDONLY);
+    if (read(fd, cmdline, sizeof cmdline - 1) < 0) perror("cmdline");
+    printf("hello from init\n");
+    struct sysinfo info;
+    sysinfo(&info);
+    printf("cpus=%d\nmemory=%lu\n", get_nprocs(), info.totalram * info.mem_unit >> 20);
+    print_file("clocksource", "/sys/devices/system/clocksource/clocksource0/current_clocksource");
+    print_file("rng", "/sys/class/misc/hw_random/rng_current");
+    print_devices("/sys/bus/pci/devices");
+    const char *test = strstr(cmdline, "husk.test=");
+    test = test ? test + strlen("husk.test=") : "poweroff";
+    if (!strncmp(test, "vsock", 5)) talk();
+    printf("ready\n");
+    sync();
+    if (!strncmp(test, "reboot", 6)) reboot(RB_AUTOBOOT);
+    if (!strncmp(test, "panic", 5)) {
+        fd = open("/proc/sysrq-trigger", O_WRONLY);
+        if (write(fd, "c", 1) < 0) return 1; /* init's exit panics too */
+    }
+    if (!strncmp(test, "wait", 4))
+        for (;;) {
+            sleep(1);
+            printf("tick\n");
+        }
+    reboot(RB_POWER_OFF);
+    pause();
+}

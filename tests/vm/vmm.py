@@ -1,0 +1,155 @@
+"""Starts husk-vmm as the shim does: a configuration and descriptors by number. Standard library only."""
+
+import json
+import os
+import select
+import socket
+import struct
+import subprocess
+import threading
+import time
+
+
+class Vm:
+    """One husk-vmm process. Every wait has a deadline."""
+
+    def __init__(self, vmm, kernel, initramfs, cmdline, vcpus=1, memory_mib=128, **more):
+        self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.dial, dial = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.dial.setblocking(False)
+        dial.setblocking(False)
+        console, console_write = os.pipe()
+        fds = {
+            "kernel": os.open(kernel, os.O_RDONLY),
+            "initramfs": os.open(initramfs, os.O_RDONLY),
+            "kvm": os.open("/dev/kvm", os.O_RDWR),
+            "control": control.detach(),
+            "dial": dial.detach(),
+            "console": console_write,
+        }
+        config = dict(id="test", vcpus=vcpus, memory_mib=memory_mib, cmdline=cmdline, **fds, **more)
+        config_fd, write = os.pipe()
+        os.write(write, json.dumps(config).encode())
+        os.close(write)
+        self.start = time.monotonic()
+        self.process = subprocess.Popen(
+            [vmm, "--config-fd", str(config_fd)], pass_fds=[config_fd, *fds.values()], stderr=subprocess.PIPE
+        )
+        for fd in (config_fd, *fds.values()):
+            os.close(fd)
+        self.console, self.lines, self.partial = console, [], b""
+        self.log = []
+        self.logger = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
+        self.logger.start()
+
+    def until(self, wanted, limit=60):
+        """Reads the console up to a line that holds `wanted`; None waits for its end."""
+        end = time.monotonic() + limit
+        seen = 0
+        while True:
+            for line in self.lines[seen:]:
+                if wanted is not None and wanted in line:
+                    return line
+            seen = len(self.lines)
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self.console], [], [], left)[0]:
+                raise TimeoutError(f"waited {limit} s for {wanted!r} on the console, which said:\n" + self.said())
+            data = os.read(self.console, 65536)
+            if not data:
+                if wanted is None:
+                    return None
+                raise EOFError(f"the console ended before {wanted!r}; it said:\n" + self.said())
+            *whole, self.partial = (self.partial + data).split(b"\n")
+            self.lines += [line.decode(errors="replace").rstrip("\r") for line in whole]
+
+    def said(self):
+        return "\n".join(self.lines) + "\n-- log:\n" + b"".join(self.log).decode(errors="replace")
+
+    def exit(self, limit=60):
+        """The exit code, with the console read to its end."""
+        self.until(None, limit)
+        code = self.process.wait(limit)
+        self.logger.join(limit)
+        return code
+
+    def call(self, method, limit=20):
+        """Calls a method of husk.vmm.v1.Vmm; returns its status code and the response's bytes."""
+        field = lambda number, data: bytes([number << 3 | 2]) + varint(len(data)) + data
+        request = field(1, b"husk.vmm.v1.Vmm") + field(2, method.encode())
+        # ttrpc: length, stream id (odd for a client), type 1 request, flags; all big-endian.
+        self.stream = getattr(self, "stream", -1) + 2
+        self.control.settimeout(limit)
+        self.control.sendall(struct.pack(">IIBB", len(request), self.stream, 1, 0) + request)
+        length, stream, kind, _ = struct.unpack(">IIBB", self.receive(10))
+        assert (stream, kind) == (self.stream, 2), (stream, kind)
+        response = dict(fields(self.receive(length)))
+        status = dict(fields(response.get(1, b"")))
+        return status.get(1, 0), response.get(2, b"")
+
+    def receive(self, length):
+        data = b""
+        while len(data) < length:
+            piece = self.control.recv(length - len(data))
+            if not piece:
+                raise EOFError("the control socket ended")
+            data += piece
+        return data
+
+    def status(self):
+        """State, and each phase's end in microseconds."""
+        code, response = self.call("Status")
+        assert code == 0, code
+        state, phases = None, []
+        for number, value in fields(response):
+            if number == 1:
+                state = value.decode()
+            else:
+                phase = dict(fields(value))
+                phases.append((phase[1].decode(), phase.get(2, 0)))
+        return state, phases
+
+    def accept(self, limit=30):
+        """The guest's next connection: port and socket."""
+        if not select.select([self.dial], [], [], limit)[0]:
+            raise TimeoutError("waited for the guest to dial; the console said:\n" + self.said())
+        message, fds, _, _ = socket.recv_fds(self.dial, 8, 1)
+        kind, port = struct.unpack("<II", message)
+        assert kind == 1, kind
+        return port, socket.socket(fileno=fds[0])
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def varint(value):
+    data = b""
+    while value > 0x7F:
+        data += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return data + bytes([value])
+
+
+def fields(data):
+    """Protobuf's wire format: numbers and values of varint and length-delimited fields."""
+    at = 0
+
+    def number():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(data):
+        key = number()
+        if key & 7 == 0:
+            yield key >> 3, number()
+        else:
+            length = number()
+            yield key >> 3, data[at : at + length]
+            at += length
