@@ -2,14 +2,14 @@
 
 # Fails with the Debian packages of whatever the build needs and this machine lacks.
 need_tools() {
-    local missing=() pair
-    for pair in make:make gcc:gcc ld:binutils flex:flex bison:bison bc:bc xz:xz-utils cpio:cpio python3:python3 perl:perl; do
-        command -v "${pair%%:*}" > /dev/null || missing+=("${pair##*:}")
+    local packages=() pair
+    for pair in make:make gcc:gcc ld:binutils flex:flex bison:bison bc:bc xz:xz-utils python3:python3 perl:perl; do
+        command -v "${pair%%:*}" > /dev/null || packages+=("${pair##*:}")
     done
-    echo '#include <libelf.h>' | gcc -E - > /dev/null 2>&1 || missing+=(libelf-dev)
-    echo '#include <openssl/evp.h>' | gcc -E - > /dev/null 2>&1 || missing+=(libssl-dev)
-    [ -f "$source" ] || [ "$source" != /usr/src/linux-source-6.12.tar.xz ] || missing+=(linux-source-6.12)
-    [ ${#missing[@]} = 0 ] || fail "missing tools; on Debian or Ubuntu: apt-get install --no-install-recommends ${missing[*]}" \
+    echo '#include <libelf.h>' | gcc -E - > /dev/null 2>&1 || packages+=(libelf-dev)
+    echo '#include <openssl/evp.h>' | gcc -E - > /dev/null 2>&1 || packages+=(libssl-dev)
+    [ -f "$source" ] || [ "$source" != /usr/src/linux-source-6.12.tar.xz ] || packages+=(linux-source-6.12)
+    [ ${#packages[@]} = 0 ] || fail "missing tools; on Debian or Ubuntu: apt-get install --no-install-recommends ${packages[*]}" \
         "(where there is no linux-source-6.12, give a kernel's tarball by --source)"
     [ -f "$source" ] || fail "no kernel source at $source"
 }
@@ -38,8 +38,10 @@ kernel_in_cache() {
         mkdir -p "$cache"
         (
             flock -n 9 || { say "waiting for another build of this kernel"; flock 9; }
+            # Whatever the end, the source tree goes (1.7 GB); the log of a failed build stays.
+            trap 'rm -rf "$cache/$key.work/tree"' EXIT
             [ -e "$dir/vmlinux" ] || kernel_build "$dir" "$cache/$key.work"
-        ) 9> "$cache/$key.lock" >&2 || return 1
+        ) 9> "$cache/$key.lock" >&2
     fi
     echo "$dir/vmlinux"
 }

@@ -43,6 +43,16 @@ static void talk(void) {
     close(fd);
 }
 
+/* Reads and writes files of the share with tag "share". */
+static void use_files(void) {
+    if (mount("share", "/tmp", "virtiofs", 0, "")) perror("virtiofs");
+    print_file("file", "/tmp/question");
+    int fd = open("/tmp/volume/answer", O_WRONLY | O_CREAT | O_EXCL, 0600);
+    if (fd < 0 || write(fd, "42", 2) != 2 || fsync(fd)) perror("answer");
+    /* The mount below, which the guest made of the host's, goes with it. */
+    if (umount2("/tmp", MNT_DETACH)) perror("umount");
+}
+
 int main(void) {
     char cmdline[4096] = "";
     setvbuf(stdout, NULL, _IONBF, 0);
@@ -61,6 +71,7 @@ int main(void) {
     const char *test = strstr(cmdline, "husk.test=");
     test = test ? test + strlen("husk.test=") : "poweroff";
     if (!strncmp(test, "vsock", 5)) talk();
+    if (!strncmp(test, "files", 5)) use_files();
     printf("ready\n");
     sync();
     if (!strncmp(test, "reboot", 6)) reboot(RB_AUTOBOOT);

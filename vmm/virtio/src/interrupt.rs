@@ -11,6 +11,8 @@ pub trait Interrupt: Send + Sync {
     fn used(&self, queue: u16);
     /// The configuration changed.
     fn config_changed(&self);
+    /// The device can't go on until the driver resets it (DEVICE_NEEDS_RESET, virtio 1.2, 2.1.2).
+    fn needs_reset(&self);
     /// The event behind a queue's vector, for a back end in another process (vhost-user); none if the driver gave no vector.
     fn queue_event(&self, queue: u16) -> Option<EventFd>;
 }

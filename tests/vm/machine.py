@@ -1,19 +1,61 @@
-"""Starts husk-vmm as the shim does: a configuration and descriptors by number. Standard library only."""
+"""Starts husk-vmm as the shim does, with a configuration and descriptors by number, and a guest whose init is init.c.
 
+husk-vmm is that of PATH and the kernel the one installed with it; HUSK_KERNEL names another.
+"""
+
+import contextlib
+import functools
 import json
 import os
+import pathlib
 import select
+import shutil
 import socket
 import struct
 import subprocess
+import sys
+import tempfile
 import threading
 import time
+
+HERE = pathlib.Path(__file__).parent
+
+
+def kernel():
+    installed = pathlib.Path(shutil.which("husk-vmm")).resolve().parent.parent / "share/husk/vmlinux"
+    return os.environ.get("HUSK_KERNEL", str(installed))
+
+
+@functools.cache
+def initramfs():
+    """The tests' own, made once."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="husk-test-"))
+    subprocess.run(["gcc", "-O2", "-static", "-Wall", "-o", folder / "init", HERE / "init.c"], check=True)
+    builder = HERE.parent.parent / "guest-image/initramfs.py"
+    subprocess.run([sys.executable, builder, folder / "init", folder / "initramfs"], check=True)
+    return str(folder / "initramfs")
+
+
+@contextlib.contextmanager
+def machine(test, cmdline="", console="hvc0", **more):
+    """A VM whose init does `test`, see init.c."""
+    quiet = "quiet" if console == "hvc0" else ""
+    line = f"console={console} {quiet} panic=-1 no_timer_check tsc=reliable husk.test={test} {cmdline}"
+    vm = Vm(more.pop("kernel", None) or kernel(), initramfs(), line, serial=console == "ttyS0", **more)
+    try:
+        yield vm
+    except BaseException:
+        vm.kill()
+        print(vm.said(), file=sys.stderr)
+        raise
+    finally:
+        vm.kill()
 
 
 class Vm:
     """One husk-vmm process. Every wait has a deadline."""
 
-    def __init__(self, vmm, kernel, initramfs, cmdline, vcpus=1, memory_mib=128, **more):
+    def __init__(self, kernel, initramfs, cmdline, vcpus=1, memory_mib=128, fs_socket=None, **more):
         self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.dial, dial = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.dial.setblocking(False)
@@ -27,13 +69,16 @@ class Vm:
             "dial": dial.detach(),
             "console": console_write,
         }
-        config = dict(id="test", vcpus=vcpus, memory_mib=memory_mib, cmdline=cmdline, **fds, **more)
+        if fs_socket is not None:
+            fds["fs"] = fs_socket.detach()
+            more["fs"] = dict(socket=fds["fs"], tag="share", request_queues=1)
+        config = dict(id="test", vcpus=vcpus, memory_mib=memory_mib, cmdline=cmdline, **{**fds, **more})
         config_fd, write = os.pipe()
         os.write(write, json.dumps(config).encode())
         os.close(write)
         self.start = time.monotonic()
         self.process = subprocess.Popen(
-            [vmm, "--config-fd", str(config_fd)], pass_fds=[config_fd, *fds.values()], stderr=subprocess.PIPE
+            ["husk-vmm", "--config-fd", str(config_fd)], pass_fds=[config_fd, *fds.values()], stderr=subprocess.PIPE
         )
         for fd in (config_fd, *fds.values()):
             os.close(fd)
@@ -42,7 +87,7 @@ class Vm:
         self.logger = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
         self.logger.start()
 
-    def until(self, wanted, limit=60):
+    def until(self, wanted, limit=100):
         """Reads the console up to a line that holds `wanted`; None waits for its end."""
         end = time.monotonic() + limit
         seen = 0
@@ -62,10 +107,18 @@ class Vm:
             *whole, self.partial = (self.partial + data).split(b"\n")
             self.lines += [line.decode(errors="replace").rstrip("\r") for line in whole]
 
-    def said(self):
-        return "\n".join(self.lines) + "\n-- log:\n" + b"".join(self.log).decode(errors="replace")
+    def drain(self):
+        """Forgets what the console said so far."""
+        while select.select([self.console], [], [], 0)[0] and os.read(self.console, 65536):
+            pass
+        self.lines, self.partial = [], b""
 
-    def exit(self, limit=60):
+    def said(self):
+        """Console, exit code and log so far, to find out what went wrong."""
+        log = b"".join(self.log).decode(errors="replace")
+        return "\n".join(self.lines) + f"\n-- exit code {self.process.poll()}, log:\n{log}"
+
+    def exit(self, limit=100):
         """The exit code, with the console read to its end."""
         self.until(None, limit)
         code = self.process.wait(limit)
@@ -108,7 +161,7 @@ class Vm:
                 phases.append((phase[1].decode(), phase.get(2, 0)))
         return state, phases
 
-    def accept(self, limit=30):
+    def accept(self, limit=100):
         """The guest's next connection: port and socket."""
         if not select.select([self.dial], [], [], limit)[0]:
             raise TimeoutError("waited for the guest to dial; the console said:\n" + self.said())
@@ -118,8 +171,16 @@ class Vm:
         return port, socket.socket(fileno=fds[0])
 
     def kill(self):
+        """Leaves nothing behind, however the test ended."""
+        if self.process.stderr.closed:
+            return
         self.process.kill()
         self.process.wait()
+        self.logger.join()
+        self.process.stderr.close()
+        self.control.close()
+        self.dial.close()
+        os.close(self.console)
 
 
 def varint(value):

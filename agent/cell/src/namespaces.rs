@@ -1,0 +1,170 @@
+//! A container's namespaces: which are new, which are joined, and their pins for later processes.
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sched::{CloneFlags, setns},
+};
+use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
+
+use crate::{
+    CellError,
+    fault::{Doing, Fault, Step},
+};
+
+/// A container's namespaces and its first process, pinned by descriptors before any code of the container ran. They are never
+/// looked up again by pid: a container's process may have gone elsewhere by then.
+#[derive(Clone)]
+pub struct Namespaces {
+    pins: Arc<[(CloneFlags, OwnedFd)]>,
+    init: Arc<OwnedFd>,
+}
+
+impl Namespaces {
+    /// Pins those of the process `pid` that differ from the agent's: `kinds`. The process waits for its start, so it is ours still.
+    pub(crate) fn pin(pid: u32, init: OwnedFd, kinds: &[CloneFlags]) -> Result<Self, CellError> {
+        let pins = kinds
+            .iter()
+            .map(|&kind| {
+                let path = format!("/proc/{pid}/ns/{}", file_name(kind));
+                let file = File::open(&path).map_err(CellError::io(format!("open {path}")))?;
+                Ok((kind, file.into()))
+            })
+            .collect::<Result<Arc<[_]>, CellError>>()?;
+        Ok(Self { pins, init: Arc::new(init) })
+    }
+
+    /// Whether the container's first process has not exited.
+    pub fn alive(&self) -> bool {
+        let mut fds = [PollFd::new(self.init.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+    }
+
+    pub(crate) fn pins(&self) -> impl Iterator<Item = (CloneFlags, BorrowedFd<'_>)> {
+        self.pins.iter().map(|(kind, fd)| (*kind, fd.as_fd()))
+    }
+}
+
+/// What the spec wants with namespaces.
+pub(crate) struct Plan {
+    /// New ones.
+    pub(crate) new: CloneFlags,
+    /// Those to join.
+    pub(crate) joined: Vec<(CloneFlags, OwnedFd)>,
+}
+
+/// Every namespace of the spec that is not the agent's own; the mount namespace is always there.
+pub(crate) fn kinds(linux: Option<&Linux>) -> Vec<CloneFlags> {
+    let mut kinds = vec![CloneFlags::CLONE_NEWNS];
+    for namespace in linux.and_then(|l| l.namespaces().as_ref()).into_iter().flatten() {
+        match flag(namespace.typ()) {
+            Some(kind) if !kinds.contains(&kind) => kinds.push(kind),
+            _ => {}
+        }
+    }
+    kinds
+}
+
+impl Plan {
+    /// Reads the spec and opens the namespaces to join.
+    pub(crate) fn of(linux: Option<&Linux>) -> Step<Self> {
+        let mut plan = Self { new: CloneFlags::CLONE_NEWNS, joined: Vec::new() };
+        for namespace in linux.and_then(|l| l.namespaces().as_ref()).into_iter().flatten() {
+            let kind = flag(namespace.typ()).ok_or_else(|| Fault::new("time namespaces are not supported"))?;
+            match namespace.path() {
+                None => plan.new |= kind,
+                Some(_) if kind == CloneFlags::CLONE_NEWNS => {
+                    return Err(Fault::new("a container can't join a mount namespace"));
+                }
+                Some(path) => {
+                    let file = File::open(path).doing(|| format!("open namespace {}", path.display()))?;
+                    plan.joined.push((kind, file.into()));
+                }
+            }
+        }
+        Ok(plan)
+    }
+
+    /// Whether a user namespace is joined.
+    pub(crate) fn joins_user(&self) -> bool {
+        self.joined.iter().any(|(kind, _)| *kind == CloneFlags::CLONE_NEWUSER)
+    }
+}
+
+/// Joins them, the user namespace last, since that is what allows the others. A joined pid namespace is for children only.
+pub(crate) fn join(namespaces: &[(CloneFlags, OwnedFd)]) -> Step<()> {
+    let user = |kind: &CloneFlags| *kind == CloneFlags::CLONE_NEWUSER;
+    let (last, first): (Vec<_>, Vec<_>) = namespaces.iter().partition(|(kind, _)| user(kind));
+    for (kind, fd) in first.into_iter().chain(last) {
+        setns(fd, *kind).doing(|| format!("join the {} namespace", file_name(*kind)))?;
+    }
+    Ok(())
+}
+
+/// Writes a new user namespace's maps (user_namespaces(7)), from outside of it.
+pub(crate) fn write_id_maps(pid: i32, linux: &Linux) -> Step<()> {
+    for (name, maps) in [("uid_map", linux.uid_mappings()), ("gid_map", linux.gid_mappings())] {
+        let maps = maps.as_deref().unwrap_or_default();
+        if maps.is_empty() {
+            return Err(Fault::new("a new user namespace needs uidMappings and gidMappings"));
+        }
+        let path = format!("/proc/{pid}/{name}");
+        std::fs::write(&path, map_text(maps)).doing(|| format!("write {path}"))?;
+    }
+    Ok(())
+}
+
+fn map_text(maps: &[LinuxIdMapping]) -> String {
+    maps.iter().map(|m| format!("{} {} {}\n", m.container_id(), m.host_id(), m.size())).collect()
+}
+
+fn flag(kind: LinuxNamespaceType) -> Option<CloneFlags> {
+    Some(match kind {
+        LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
+        LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+        LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+        LinuxNamespaceType::User => CloneFlags::CLONE_NEWUSER,
+        LinuxNamespaceType::Pid => CloneFlags::CLONE_NEWPID,
+        LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
+        LinuxNamespaceType::Time => return None,
+    })
+}
+
+fn file_name(kind: CloneFlags) -> &'static str {
+    match kind {
+        CloneFlags::CLONE_NEWNS => "mnt",
+        CloneFlags::CLONE_NEWCGROUP => "cgroup",
+        CloneFlags::CLONE_NEWUTS => "uts",
+        CloneFlags::CLONE_NEWIPC => "ipc",
+        CloneFlags::CLONE_NEWUSER => "user",
+        CloneFlags::CLONE_NEWPID => "pid",
+        _ => "net",
+    }
+}
+
+/// Waits until the process behind a pidfd has exited.
+pub(crate) fn wait_exited(pidfd: BorrowedFd<'_>, limit: Duration) -> bool {
+    let timeout = PollTimeout::try_from(limit.as_millis()).unwrap_or(PollTimeout::MAX);
+    matches!(poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], timeout), Ok(n) if n > 0)
+}
+
+/// Binds a process's pid namespace to a file, which then holds it.
+pub(crate) fn bind_pid_namespace(pid: u32, path: &Path) -> Result<(), CellError> {
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory).map_err(CellError::io(format!("create {}", directory.display())))?;
+    }
+    let file = File::create(path).map_err(CellError::io(format!("create {}", path.display())))?;
+    let source =
+        std::ffi::CString::new(format!("/proc/{pid}/ns/pid")).map_err(|e| CellError::Invalid(e.to_string()))?;
+    let doing = || format!("bind the pod's pid namespace to {}", path.display());
+    let tree = crate::sys::clone_tree(None, &source, false).map_err(CellError::system(doing()))?;
+    crate::sys::attach(tree, file).map_err(CellError::system(doing()))
+}

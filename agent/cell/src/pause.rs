@@ -1,0 +1,72 @@
+//! The pod's shared pid namespace and its init, which does nothing but reap.
+
+use std::path::Path;
+
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::{SigSet, Signal},
+        wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
+    },
+    unistd::{Gid, Uid, setgroups, setresgid, setresuid},
+};
+
+use crate::{
+    CellError,
+    fault::{Doing, Step},
+    namespaces::{bind_pid_namespace, wait_exited},
+    spawn,
+};
+use std::os::fd::AsFd;
+
+/// The ids of a process that owns nothing (the kernel's overflow id).
+const NOBODY: u32 = 65534;
+
+/// Makes the pod's shared pid namespace at `path` (`/run/husk/ns/pid`) if it is not there yet: a pause process as its init, held by
+/// a bind mount of its namespace file. Returns the pause process's pid if it was made now (the agent's child; never exits by itself;
+/// SIGKILL ends it and all of the namespace). Blocks (at most [`DEADLINE`](crate::DEADLINE)). Calls must not overlap: the agent makes it
+/// at StartPod or guards it by a mutex.
+pub fn ensure_pod_pid_namespace(path: &Path) -> Result<Option<u32>, CellError> {
+    if path.exists() {
+        return Ok(None);
+    }
+    let (pid, pidfd) = spawn::pause()?;
+    if let Err(error) = bind_pid_namespace(pid, path) {
+        if crate::sys::pidfd_kill(&pidfd).is_ok() && wait_exited(pidfd.as_fd(), crate::DEADLINE) {
+            let _ = waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
+        }
+        let _ = std::fs::remove_file(path);
+        return Err(error);
+    }
+    Ok(Some(pid))
+}
+
+/// Drops everything that a process of the namespace could be after: the pause process is already in a mount namespace of its own.
+pub(crate) fn give_up_privileges() -> Step<()> {
+    nix::unistd::setsid().doing(|| "leave the session")?;
+    setgroups(&[]).doing(|| "drop groups")?;
+    setresgid(Gid::from_raw(NOBODY), Gid::from_raw(NOBODY), Gid::from_raw(NOBODY)).doing(|| "drop the gid")?;
+    setresuid(Uid::from_raw(NOBODY), Uid::from_raw(NOBODY), Uid::from_raw(NOBODY)).doing(|| "drop the uid")?;
+    nix::sys::prctl::set_no_new_privs().doing(|| "set no_new_privs")?;
+    nix::sys::prctl::set_dumpable(false).doing(|| "become undumpable")?;
+    nix::sys::prctl::set_name(c"pause").doing(|| "take a name")
+}
+
+/// Reaps for ever.
+pub(crate) fn reap_for_ever() -> ! {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGCHLD);
+    // Blocked, so that each one stays pending until it is taken.
+    let _ = signals.thread_block();
+    loop {
+        while let Ok(status) = waitpid(None, Some(nix::sys::wait::WaitPidFlag::WNOHANG)) {
+            if status == WaitStatus::StillAlive {
+                break;
+            }
+        }
+        if !matches!(signals.wait(), Ok(_) | Err(Errno::EINTR)) {
+            // Can't fail for a valid set; ending would end the pod.
+            nix::unistd::pause();
+        }
+    }
+}

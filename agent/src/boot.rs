@@ -1,0 +1,169 @@
+//! From the kernel's start of process 1 to the connection with the shim: only the mounts that a pod needs, and the dial under way
+//! while they are made.
+
+use std::fs;
+use std::io;
+
+use husk_agent_api::hello::{self, Hello};
+use husk_agent_api::{NONCE_KEY, RPC_PORT};
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{Resource, setrlimit};
+use thiserror::Error;
+use tokio::io::AsyncWriteExt;
+
+use crate::dial::{Connection, Dialler};
+
+/// Why the guest could not come up.
+#[derive(Debug, Error)]
+pub(crate) enum BootError {
+    /// A step that is one system call on one path.
+    #[error("Could not {step} {path}")]
+    Step {
+        step: &'static str,
+        path: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    /// The command line lacks the nonce or it is no 32 hexadecimal digits.
+    #[error("The kernel command line has no {NONCE_KEY}= of 32 hexadecimal digits")]
+    Nonce,
+    /// Nobody answered.
+    #[error("Could not reach the shim at vsock port {RPC_PORT}")]
+    Dial(#[source] io::Error),
+}
+
+/// Where cgroup v2 is mounted.
+pub(crate) const CGROUP_DIR: &str = "/sys/fs/cgroup";
+
+/// The pod-wide /dev/shm, bound into containers that share the pod's ipc namespace.
+pub(crate) const SHM_DIR: &str = "/run/husk/shm";
+
+/// Open files of the agent, and of containers whose spec sets no limit: the kernel's fs.nr_open, which is what containers get from
+/// a containerd under systemd. The kernel's own default of 1024 is too small for both.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// Sets the machine up and connects to the shim.
+pub(crate) async fn boot(dialler: &Dialler) -> Result<Connection, BootError> {
+    leave_initial_rootfs()?;
+    mount_at("proc", "/proc", "proc", SAFE, None)?;
+    let command_line = read("/proc/cmdline")?;
+    crate::log::start(&command_line);
+    let nonce = parameter(&command_line, NONCE_KEY).and_then(parse_nonce).ok_or(BootError::Nonce)?;
+    let dialled = async { greet(dialler, nonce).await.map_err(BootError::Dial) };
+    // The first poll of `dialled` sends the connection request; the mounts are made while it travels.
+    let (connection, ()) = tokio::try_join!(dialled, async { mounts() })?;
+    Ok(connection)
+}
+
+/// Puts a mount of the initramfs above the initial rootfs and makes it the root: pivot_root(2), which the makers of containers
+/// use, refuses to work where the root is the initial rootfs itself.
+fn leave_initial_rootfs() -> Result<(), BootError> {
+    mount(Some("/"), "/tmp", None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(step("bind / to", "/tmp"))?;
+    nix::unistd::chdir("/tmp").map_err(step("enter", "/tmp"))?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(step("move /tmp to", "/"))?;
+    nix::unistd::chroot(".").map_err(step("change the root to", "/tmp"))?;
+    nix::unistd::chdir("/").map_err(step("enter", "/"))
+}
+
+const SAFE: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
+
+/// What the agent and the makers of containers use; containers have their own devpts, mqueue and proc.
+fn mounts() -> Result<(), BootError> {
+    // The kernel's killer must never choose the agent; cells set their own score.
+    write("/proc/self/oom_score_adj", "-1000")?;
+    mount_at("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID, Some("mode=0755"))?;
+    mount_at("sysfs", "/sys", "sysfs", SAFE, None)?;
+    mount_at("cgroup2", CGROUP_DIR, "cgroup2", SAFE, Some("nsdelegate,memory_recursiveprot"))?;
+    mount_at("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"))?;
+    mount_at("tmpfs", SHM_DIR, "tmpfs", SAFE, Some("mode=1777"))?;
+    // Absent where the kernel has no such file system; needed for AppArmor profiles only.
+    match mount(Some("securityfs"), "/sys/kernel/security", Some("securityfs"), SAFE, None::<&str>) {
+        Ok(()) | Err(Errno::ENODEV | Errno::ENOENT) => {}
+        Err(error) => tracing::warn!("Could not mount securityfs: {error}"),
+    }
+    enable_controllers()?;
+    setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
+        .map_err(step("raise the limit of open files of", "/init"))
+}
+
+/// Gives every cgroup v2 controller to the root's children (cgroup-v2.rst, "Enabling and Disabling").
+fn enable_controllers() -> Result<(), BootError> {
+    let controllers = read("/sys/fs/cgroup/cgroup.controllers")?;
+    write("/sys/fs/cgroup/cgroup.subtree_control", &enabling(&controllers))
+}
+
+fn enabling(controllers: &str) -> String {
+    controllers.split_whitespace().map(|name| format!("+{name}")).collect::<Vec<_>>().join(" ")
+}
+
+async fn greet(dialler: &Dialler, nonce: [u8; 16]) -> io::Result<Connection> {
+    let mut connection = dialler.dial(RPC_PORT).await?;
+    connection.write_all(&Hello { version: hello::VERSION, nonce }.encode()).await?;
+    Ok(connection)
+}
+
+/// The value of `key=value` on the kernel command line; the last one counts, as in the kernel.
+pub(crate) fn parameter<'a>(command_line: &'a str, key: &str) -> Option<&'a str> {
+    command_line.split_whitespace().filter_map(|word| word.strip_prefix(key)?.strip_prefix('=')).next_back()
+}
+
+fn parse_nonce(digits: &str) -> Option<[u8; 16]> {
+    if digits.len() != 32 || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        return None;
+    }
+    Some(u128::from_str_radix(digits, 16).ok()?.to_be_bytes())
+}
+
+fn mount_at(
+    source: &str,
+    target: &'static str,
+    kind: &str,
+    flags: MsFlags,
+    options: Option<&str>,
+) -> Result<(), BootError> {
+    fs::create_dir_all(target).map_err(step("make", target))?;
+    mount(Some(source), target, Some(kind), flags, options).map_err(step("mount", target))
+}
+
+fn read(path: &'static str) -> Result<String, BootError> {
+    fs::read_to_string(path).map_err(step("read", path))
+}
+
+fn write(path: &'static str, text: &str) -> Result<(), BootError> {
+    fs::write(path, text).map_err(step("write", path))
+}
+
+fn step<E: Into<io::Error>>(step: &'static str, path: &'static str) -> impl FnOnce(E) -> BootError {
+    move |source| BootError::Step { step, path, source: source.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_last_of_a_parameter() {
+        let line = "console=hvc0 husk.nonce=aa husk.noncex=bb quiet husk.nonce=cc\n";
+        assert_eq!(parameter(line, "husk.nonce"), Some("cc"));
+        assert_eq!(parameter(line, "quiet"), None);
+        assert_eq!(parameter("", "husk.nonce"), None);
+    }
+
+    #[test]
+    fn a_nonce_is_32_hexadecimal_digits() {
+        let mut nonce = [0; 16];
+        nonce[0] = 0xab;
+        nonce[15] = 1;
+        assert_eq!(parse_nonce("ab000000000000000000000000000001"), Some(nonce));
+        assert_eq!(parse_nonce("+b000000000000000000000000000001"), None);
+        assert_eq!(parse_nonce("ab"), None);
+        assert_eq!(parse_nonce(&"a".repeat(33)), None);
+    }
+
+    #[test]
+    fn enables_all_controllers_in_one_write() {
+        assert_eq!(enabling("cpuset cpu io\n"), "+cpuset +cpu +io");
+        assert_eq!(enabling("\n"), "");
+    }
+}

@@ -1,0 +1,310 @@
+//! A process's streams: containerd's FIFOs (or `binary:` and `file:` loggers) on one side, vsock connections of the guest on the
+//! other, joined by copying with back-pressure both ways.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use husk_agent_api::agent::Stdio;
+use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::task::{JoinHandle, JoinSet};
+use tracing::{debug, warn};
+
+use super::logger::Logger;
+use crate::peer::PeerError;
+use crate::peer::dial::{Dial, Expected};
+
+/// Bytes copied at a time: what a pipe holds by default.
+const CHUNK: usize = 64 << 10;
+
+/// Longest wait for the guest's connections after the agent has said that it made them.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Longest wait for containerd to open its end of an output FIFO.
+const READER_LIMIT: Duration = Duration::from_secs(10);
+
+/// Longest wait for the rest of a process's output after its end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// Where containerd wants a process's streams; empty is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Paths {
+    /// A FIFO.
+    pub(crate) stdin: String,
+    /// A FIFO or a logger's URI.
+    pub(crate) stdout: String,
+    /// A FIFO or a logger's URI; unused with a terminal.
+    pub(crate) stderr: String,
+    /// Whether the process has a terminal.
+    pub(crate) terminal: bool,
+}
+
+/// Why streams could not be joined.
+#[derive(Debug, Error)]
+pub(crate) enum StdioError {
+    /// A FIFO or file.
+    #[error("cannot open the {stream} {path}", path = path.display())]
+    Open {
+        /// Which stream.
+        stream: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A URI that husk doesn't know.
+    #[error("cannot use {0} for a stream: fifo, file and binary are possible")]
+    Scheme(String),
+    /// The logger's program.
+    #[error("cannot start the logger {program}: {doing}", program = program.display())]
+    Logger {
+        /// Its path.
+        program: PathBuf,
+        /// What failed.
+        doing: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's end.
+    #[error("cannot connect the process's streams")]
+    Guest(#[from] PeerError),
+}
+
+/// One end of an output stream on the host.
+type Output = Box<dyn AsyncWrite + Send + Unpin>;
+
+/// Where an output goes.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    Fifo(PathBuf),
+    File(PathBuf),
+    Binary(String),
+}
+
+impl Target {
+    /// Reads a path or URI of containerd's; nothing for an empty one.
+    pub(super) fn parse(text: &str) -> Result<Option<Self>, StdioError> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(match text.split_once("://") {
+            None | Some(("fifo", _)) => Self::Fifo(text.strip_prefix("fifo://").unwrap_or(text).into()),
+            Some(("file", path)) => Self::File(path.into()),
+            Some(("binary", rest)) => Self::Binary(rest.to_owned()),
+            Some(_) => return Err(StdioError::Scheme(text.to_owned())),
+        }))
+    }
+}
+
+/// The host's ends, open, and the ports on which the guest's are awaited.
+pub(crate) struct Pending {
+    stdin: Option<(Expected, pipe::Receiver, OwnedFd)>,
+    stdout: Option<(Expected, Output)>,
+    stderr: Option<(Expected, Output)>,
+    logger: Option<Logger>,
+    terminal: bool,
+}
+
+impl Pending {
+    /// Opens the host's ends and a port for each.
+    pub(crate) async fn open(paths: &Paths, dial: &Dial, namespace: &str, id: &str) -> Result<Self, StdioError> {
+        let stdin = match paths.stdin.as_str() {
+            "" => None,
+            path => {
+                let (read, write) = open_stdin(Path::new(path))?;
+                Some((dial.expect_stream()?, read, write))
+            }
+        };
+        let stdout = Target::parse(&paths.stdout)?;
+        let stderr = if paths.terminal { None } else { Target::parse(&paths.stderr)? };
+        let mut logger = None;
+        let (stdout, stderr) = if let Some(Target::Binary(uri)) = &stdout {
+            // One logger takes both streams, as containerd's own shims have it.
+            let started = Logger::start(uri, namespace, id).await?;
+            let (out, err) = (started.stdout, started.stderr);
+            logger = Some(started.logger);
+            (Some(boxed(out)), (!paths.terminal).then(|| boxed(err)))
+        } else {
+            (open_output("stdout", stdout).await?, open_output("stderr", stderr).await?)
+        };
+        let expect = |output: Option<Output>| match output {
+            Some(output) => dial.expect_stream().map(|expected| Some((expected, output))),
+            None => Ok(None),
+        };
+        Ok(Self { stdin, stdout: expect(stdout)?, stderr: expect(stderr)?, logger, terminal: paths.terminal })
+    }
+
+    /// What the agent is told.
+    pub(crate) fn request(&self, size: Option<(u32, u32)>) -> Stdio {
+        let (width, height) = size.unwrap_or_default();
+        Stdio {
+            stdin_port: self.stdin.as_ref().map_or(0, |(expected, _, _)| expected.port),
+            stdout_port: self.stdout.as_ref().map_or(0, |(expected, _)| expected.port),
+            stderr_port: self.stderr.as_ref().map_or(0, |(expected, _)| expected.port),
+            terminal: self.terminal,
+            width,
+            height,
+            ..Default::default()
+        }
+    }
+
+    /// Joins both ends, after the agent has made its connections.
+    pub(crate) async fn join(self) -> Result<Streams, StdioError> {
+        let mut outputs = JoinSet::new();
+        for (stream, pending) in [("stdout", self.stdout), ("stderr", self.stderr)] {
+            if let Some((expected, output)) = pending {
+                let guest = expected.stream(stream, CONNECT_LIMIT).await?;
+                outputs.spawn(copy_output(stream, guest, output));
+            }
+        }
+        let stdin = match self.stdin {
+            Some((expected, read, write)) => {
+                let guest = expected.stream("stdin", CONNECT_LIMIT).await?;
+                Some(Input { keeper: Some(write), copy: tokio::spawn(copy_input(read, guest)) })
+            }
+            None => None,
+        };
+        Ok(Streams { outputs, stdin, logger: self.logger })
+    }
+}
+
+/// The joined streams of a process.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    outputs: JoinSet<()>,
+    stdin: Option<Input>,
+    logger: Option<Logger>,
+}
+
+/// The joined stdin. The shim keeps a writer of the FIFO itself, so that clients may come, go and come back (`attach`, containerd's
+/// restart); the process sees the end only when containerd says so and every writer has closed.
+#[derive(Debug)]
+struct Input {
+    keeper: Option<OwnedFd>,
+    copy: JoinHandle<()>,
+}
+
+impl Streams {
+    /// containerd's CloseIO: once every client has closed the FIFO and it is drained, the process sees the end of its input.
+    pub(crate) fn close_stdin(&mut self) {
+        if let Some(input) = &mut self.stdin {
+            input.keeper = None;
+        }
+    }
+
+    /// Waits until all output is with containerd, then closes everything.
+    pub(crate) async fn drain(mut self, id: &str) {
+        let drained = async { while self.outputs.join_next().await.is_some() {} };
+        if tokio::time::timeout(DRAIN_LIMIT, drained).await.is_err() {
+            warn!("output of {id} is not taken {DRAIN_LIMIT:?} after its end; the rest is dropped");
+        }
+        self.outputs.abort_all();
+        if let Some(logger) = self.logger.take() {
+            logger.finish();
+        }
+    }
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        if let Some(input) = &self.stdin {
+            input.copy.abort();
+        }
+    }
+}
+
+/// Opens the stdin FIFO: the reading end, and the writer that is kept until CloseIO.
+fn open_stdin(path: &Path) -> Result<(pipe::Receiver, OwnedFd), StdioError> {
+    let failed = |source| StdioError::Open { stream: "stdin", path: path.to_owned(), source };
+    let read = pipe::OpenOptions::new().open_receiver(path).map_err(failed)?;
+    let write =
+        OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path).map_err(failed)?;
+    Ok((read, write.into()))
+}
+
+/// Opens an output.
+async fn open_output(stream: &'static str, target: Option<Target>) -> Result<Option<Output>, StdioError> {
+    match target {
+        None => Ok(None),
+        Some(Target::Binary(uri)) => Err(StdioError::Scheme(format!("binary://{uri} (as {stream} alone)"))),
+        Some(Target::File(path)) => open_file(stream, &path).await.map(Some),
+        Some(Target::Fifo(path)) => {
+            let failed = |source| StdioError::Open { stream, path: path.clone(), source };
+            let kind = tokio::fs::metadata(&path).await.map_err(failed)?.file_type();
+            if !kind.is_fifo() {
+                return open_file(stream, &path).await.map(Some);
+            }
+            await_reader(&path).await.map_err(failed)?;
+            // With a reader of our own the pipe outlives containerd's: it may restart, or turn its log over, and open the FIFO again.
+            let fifo = pipe::OpenOptions::new().read_write(true).open_sender(&path).map_err(failed)?;
+            Ok(Some(boxed(fifo)))
+        }
+    }
+}
+
+/// Opens a log file to append to.
+async fn open_file(stream: &'static str, path: &Path) -> Result<Output, StdioError> {
+    let file = tokio::fs::OpenOptions::new().append(true).create(true).open(path).await;
+    file.map(boxed).map_err(|source| StdioError::Open { stream, path: path.to_owned(), source })
+}
+
+fn boxed(output: impl AsyncWrite + Send + Unpin + 'static) -> Output {
+    Box::new(output)
+}
+
+/// Waits until someone has the FIFO open for reading, else what a quick process writes would be lost with our own reader.
+async fn await_reader(path: &Path) -> io::Result<()> {
+    let open_writer = |flags| OpenOptions::new().write(true).custom_flags(flags | libc::O_CLOEXEC).open(path);
+    match open_writer(libc::O_NONBLOCK) {
+        // ENXIO: nobody reads yet (fifo(7)).
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {}
+        other => return other.map(drop),
+    }
+    let blocking_path = path.to_owned();
+    let opening = tokio::task::spawn_blocking(move || OpenOptions::new().write(true).open(blocking_path).map(drop));
+    match tokio::time::timeout(READER_LIMIT, opening).await {
+        Ok(done) => done.map_err(io::Error::other)?,
+        Err(_) => {
+            warn!("nobody reads {} after {READER_LIMIT:?}", path.display());
+            // Opening both ends lets the waiting thread go.
+            OpenOptions::new().read(true).write(true).open(path).map(drop)
+        }
+    }
+}
+
+/// Guest to containerd, to the end.
+async fn copy_output(stream: &'static str, guest: UnixStream, mut output: Output) {
+    if let Err(error) = copy(guest, &mut output).await {
+        debug!("the copying of {stream} ended: {error}");
+    }
+    if let Err(error) = output.flush().await {
+        warn!("cannot write the end of {stream}: {error}");
+    }
+}
+
+/// containerd to guest, to the end, which is passed on.
+async fn copy_input(fifo: pipe::Receiver, mut guest: UnixStream) {
+    if let Err(error) = copy(fifo, &mut guest).await {
+        debug!("the copying of stdin ended: {error}");
+    }
+    let _ = guest.shutdown().await;
+    // The socket is kept until the agent has closed its end, or the process's streams are closed.
+    let _ = guest.readable().await;
+}
+
+/// Copies to the end of `from`; nothing more is read than `to` takes.
+async fn copy(from: impl AsyncRead + Unpin, to: &mut (impl AsyncWrite + Unpin + ?Sized)) -> io::Result<u64> {
+    tokio::io::copy_buf(&mut BufReader::with_capacity(CHUNK, from), to).await
+}
+
+#[cfg(test)]
+#[path = "stdio_tests.rs"]
+mod tests;

@@ -1,0 +1,141 @@
+//! What goes wrong in the shim, as containerd sees it: each kind has a ttrpc status code, and the message is the whole chain of causes.
+
+use containerd_shim_protos::ttrpc::{self, Code};
+use thiserror::Error;
+
+use crate::container::stdio::StdioError;
+use crate::id::IdError;
+use crate::peer::PeerError;
+use crate::pod::create::BootError;
+use crate::spec::SpecError;
+use crate::storage::StorageError;
+
+/// Why a request of containerd failed.
+#[derive(Debug, Error)]
+pub(crate) enum Error {
+    /// No such container or process.
+    #[error("{what} {id} does not exist")]
+    NotFound {
+        /// Kind of thing.
+        what: &'static str,
+        /// Its id.
+        id: String,
+    },
+    /// There is one already.
+    #[error("{what} {id} exists already")]
+    AlreadyExists {
+        /// Kind of thing.
+        what: &'static str,
+        /// Its id.
+        id: String,
+    },
+    /// The process has ended.
+    #[error("process {id} has already finished")]
+    Finished {
+        /// Its id.
+        id: String,
+    },
+    /// It is not in the state that the request needs.
+    #[error("cannot {doing} {id}: it is {state}")]
+    State {
+        /// What was asked.
+        doing: &'static str,
+        /// Of what.
+        id: String,
+        /// What it is instead.
+        state: &'static str,
+    },
+    /// The pod's machine is not there (any more).
+    #[error("cannot {doing}: the pod's virtual machine is not running{cause}")]
+    Down {
+        /// What was asked.
+        doing: &'static str,
+        /// ": why", or nothing.
+        cause: String,
+    },
+    /// husk does not do this.
+    #[error("{0}")]
+    Unsupported(&'static str),
+    /// A message that can't be understood.
+    #[error("cannot understand the {what}")]
+    Message {
+        /// Which part.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A bad id.
+    #[error(transparent)]
+    Id(#[from] IdError),
+    /// A spec that can't be run.
+    #[error("the container's OCI spec cannot be run in a virtual machine")]
+    Spec(#[from] SpecError),
+    /// The pod did not start.
+    #[error("the pod's virtual machine did not start")]
+    Boot(#[from] Box<BootError>),
+    /// The container's streams.
+    #[error(transparent)]
+    Stdio(#[from] StdioError),
+    /// The container's files.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The agent or the VMM.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// Work that was cut off.
+    #[error("the work on the request ended early")]
+    Cut(#[from] tokio::task::JoinError),
+}
+
+impl Error {
+    /// The status code that containerd expects for this kind.
+    fn code(&self) -> Code {
+        match self {
+            Self::NotFound { .. } | Self::Finished { .. } => Code::NOT_FOUND,
+            Self::AlreadyExists { .. } => Code::ALREADY_EXISTS,
+            Self::State { .. } | Self::Down { .. } => Code::FAILED_PRECONDITION,
+            Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Id(_) | Self::Spec(_) | Self::Message { .. } => Code::INVALID_ARGUMENT,
+            Self::Peer(error) => error.code(),
+            Self::Boot(error) => error.code(),
+            Self::Stdio(_) | Self::Storage(_) | Self::Cut(_) => Code::INTERNAL,
+        }
+    }
+}
+
+impl From<Error> for ttrpc::Error {
+    fn from(error: Error) -> Self {
+        ttrpc::error::get_rpc_status(error.code(), chain(&error))
+    }
+}
+
+/// The message of an error and of every cause behind it.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tells_the_whole_chain_and_the_right_code() {
+        let error = Error::Spec(SpecError::Hooks("createRuntime"));
+        match ttrpc::Error::from(error) {
+            ttrpc::Error::RpcStatus(status) => {
+                assert_eq!(status.code(), Code::INVALID_ARGUMENT);
+                assert!(status.message().contains("cannot be run in a virtual machine: "), "{}", status.message());
+                assert!(status.message().contains("createRuntime"), "{}", status.message());
+            }
+            other => panic!("{other}"),
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! The start of a pod's machine: network, share directory and fs daemon at once, then the VMM, then the agent's hello and StartPod.
+//! Whatever fails on the way, everything made so far is taken back.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use containerd_shim_protos::ttrpc::Code;
+use husk_agent_api::agent::StartPodRequest;
+use husk_agent_api::{NONCE_KEY, RPC_PORT};
+use thiserror::Error;
+use tracing::info;
+
+use super::machine::{Held, Machine};
+use super::recover;
+use super::state::{Directory, Identity, Record, StateError};
+use crate::cgroup::{CgroupError, PodCgroup};
+use crate::config::{Config, ConfigError, Programs};
+use crate::id::Id;
+use crate::network::{self, NetworkError, Prepared};
+use crate::peer::PeerError;
+use crate::peer::agent::{Agent, Events};
+use crate::peer::dial::Dial;
+use crate::peer::fs;
+use crate::peer::helper::Helper;
+use crate::peer::vmm::{self, Vmm};
+use crate::random;
+use crate::spec::load::PodSpec;
+use crate::spec::size::Size;
+
+/// Bytes of entropy that the guest is given (the agent's limit is 512).
+const ENTROPY: usize = 64;
+
+/// Why a pod's machine did not start.
+#[derive(Debug, Error)]
+pub(crate) enum BootError {
+    /// The shim's installation.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The pod's directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Another shim has the pod's directory.
+    #[error("another shim (process {0}) has a pod of this id")]
+    Taken(u32),
+    /// The network.
+    #[error("cannot connect the pod's network")]
+    Network(#[from] NetworkError),
+    /// The cgroup.
+    #[error("cannot use the pod's cgroup")]
+    Cgroup(#[from] CgroupError),
+    /// VMM, fs daemon or agent.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// Something ended that must live.
+    #[error("waited for {what}, but {cause}")]
+    Ended {
+        /// What was awaited.
+        what: &'static str,
+        /// What happened instead.
+        cause: String,
+    },
+    /// No hello in time.
+    #[error("waited {limit:?} for {what}; the console's last lines: {console}")]
+    Silent {
+        /// What was awaited.
+        what: &'static str,
+        /// How long.
+        limit: Duration,
+        /// What the guest said.
+        console: String,
+    },
+    /// No random bytes.
+    #[error("cannot read random bytes")]
+    Random(#[source] std::io::Error),
+    /// Work that was cut off.
+    #[error("the work on the pod's directory ended early")]
+    Cut(#[from] tokio::task::JoinError),
+}
+
+impl BootError {
+    /// The status code for containerd.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::Taken(_) => Code::ALREADY_EXISTS,
+            Self::Silent { .. } => Code::DEADLINE_EXCEEDED,
+            Self::Peer(error) => error.code(),
+            _ => Code::INTERNAL,
+        }
+    }
+}
+
+/// What a machine is started from.
+pub(crate) struct Request<'a> {
+    /// The pod's id.
+    pub(crate) id: &'a Id,
+    /// containerd's namespace.
+    pub(crate) namespace: &'a str,
+    /// The shim's socket for containerd.
+    pub(crate) socket: &'a str,
+    /// The shim's configuration.
+    pub(crate) config: &'a Config,
+    /// The pod's part of the spec.
+    pub(crate) pod: PodSpec,
+    /// The machine's size.
+    pub(crate) size: Size,
+}
+
+/// How long each phase took, for the one line that measurements are made from.
+#[derive(Debug, Default)]
+struct Phases {
+    network: Duration,
+    share: Duration,
+    vmm: Duration,
+    hello: Duration,
+    start_pod: Duration,
+}
+
+/// Starts a pod's machine.
+pub(crate) async fn boot(request: Request<'_>) -> Result<(Machine, Events), Box<BootError>> {
+    let programs = request.config.programs().map_err(|error| Box::new(error.into()))?;
+    let begun = Instant::now();
+    let mut held = claim(&request).await?;
+    let mut phases = Phases::default();
+    match assemble(&request, &programs, &mut held, &mut phases).await {
+        Ok((dial, agent, events)) => {
+            let ms = |duration: Duration| duration.as_secs_f64() * 1000.0;
+            info!(
+                "pod started vcpus={} memory_mib={} network_ms={:.1} share_ms={:.1} vmm_ms={:.1} hello_ms={:.1} start_pod_ms={:.1} total_ms={:.1}",
+                request.size.vcpus,
+                request.size.memory_mib,
+                ms(phases.network),
+                ms(phases.share),
+                ms(phases.vmm),
+                ms(phases.hello),
+                ms(phases.start_pod),
+                ms(begun.elapsed()),
+            );
+            Ok((Machine::new(held, dial, agent), events))
+        }
+        Err(error) => {
+            held.release().await;
+            Err(Box::new(error))
+        }
+    }
+}
+
+/// Makes the pod's directory with a first state file. What a dead shim left there is cleaned up before.
+async fn claim(request: &Request<'_>) -> Result<Held, BootError> {
+    let directory = Directory::of(request.id);
+    if directory.path().exists() {
+        let former = directory.read().ok().flatten().unwrap_or_default();
+        if let Some(shim) = former.shim.filter(|shim| shim.is_there()) {
+            return Err(BootError::Taken(shim.pid));
+        }
+        recover::clean(&directory, &former).await;
+    }
+    directory.make()?;
+    let record = Record {
+        namespace: request.namespace.to_owned(),
+        socket: request.socket.into(),
+        shim: Identity::of(std::process::id()),
+        netns: request.pod.netns.clone(),
+        cgroups_path: request.pod.cgroups_path.clone(),
+        ..Record::default()
+    };
+    let mut held = Held { directory, record, cgroup: None, fs: None, vmm: None };
+    match held.directory.write(&held.record) {
+        Ok(()) => Ok(held),
+        Err(error) => {
+            held.release().await;
+            Err(error.into())
+        }
+    }
+}
+
+/// Everything that can fail once the directory is there.
+async fn assemble(
+    request: &Request<'_>,
+    programs: &Programs,
+    held: &mut Held,
+    phases: &mut Phases,
+) -> Result<(Dial, Agent, Events), BootError> {
+    let nonce = random::bytes::<16>().map_err(BootError::Random)?;
+    let (dial, vmm_dial) = Dial::new()?;
+    let hello = dial.expect(RPC_PORT)?;
+
+    let (network, share) = tokio::join!(connect_network(request), share_files(request, programs, held));
+    let (network, network_took) = network?;
+    let (vmm_fs, share_took) = share?;
+    (phases.network, phases.share) = (network_took, share_took);
+    let (netns, taps, interfaces, routes, neighbours) = match network {
+        Some(found) => (Some(found.netns), found.taps, found.interfaces, found.routes, found.neighbours),
+        None => Default::default(),
+    };
+
+    let spawning = Instant::now();
+    let uid = request.config.vmm_uid_base.saturating_add(std::process::id());
+    let vmm = Vmm::start(vmm::Start {
+        id: request.id,
+        programs,
+        size: request.size,
+        cmdline: command_line(request.config, &nonce),
+        dial: vmm_dial,
+        fs: vmm_fs,
+        fs_request_queues: request.config.fs_request_queues,
+        taps,
+        netns,
+        uid,
+        serial: request.config.serial,
+    })?;
+    held.record.vmm = Identity::of(vmm.helper.pid);
+    let vmm = &*held.vmm.insert(vmm);
+    held.directory.write(&held.record)?;
+    phases.vmm = spawning.elapsed();
+
+    let booting = Instant::now();
+    let limit = request.config.hello_timeout();
+    let greeting = async { Agent::greet(hello.stream("the agent's connection", limit).await?, &nonce).await };
+    let greeting = async {
+        match tokio::time::timeout(limit, greeting).await {
+            Ok(Err(PeerError::Deadline { .. })) | Err(_) => Err(BootError::Silent {
+                what: "the agent's hello",
+                limit,
+                console: vmm.console.last(Duration::ZERO).await,
+            }),
+            Ok(other) => other.map_err(BootError::from),
+        }
+    };
+    let agent = while_alive("the agent's hello", vmm, held.fs.as_ref(), greeting).await?;
+    phases.hello = booting.elapsed();
+
+    let starting = Instant::now();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let start_pod = StartPodRequest {
+        hostname: request.pod.hostname.clone(),
+        time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+        entropy: random::bytes::<ENTROPY>().map_err(BootError::Random)?.to_vec(),
+        shared_tag: vmm::SHARED_TAG.to_owned(),
+        interfaces,
+        routes,
+        neighbours,
+        sysctls: request.pod.sysctls.clone(),
+        ..Default::default()
+    };
+    let started = async {
+        let (started, events) = tokio::join!(agent.start_pod(&start_pod), agent.events());
+        started?;
+        Ok(events?)
+    };
+    let events = while_alive("the agent to start the pod", vmm, held.fs.as_ref(), started).await?;
+    phases.start_pod = starting.elapsed();
+    Ok((dial, agent, events))
+}
+
+/// Joins taps to the pod's network.
+async fn connect_network(request: &Request<'_>) -> Result<(Option<Prepared>, Duration), NetworkError> {
+    let begun = Instant::now();
+    let prepared = match &request.pod.netns {
+        Some(netns) => Some(network::prepare(netns).await?),
+        None => None,
+    };
+    Ok((prepared, begun.elapsed()))
+}
+
+/// Moves into the pod's cgroup, makes the share directory and starts the fs daemon there; gives the VMM's connection to it.
+async fn share_files(
+    request: &Request<'_>,
+    programs: &Programs,
+    held: &mut Held,
+) -> Result<(std::os::fd::OwnedFd, Duration), BootError> {
+    let begun = Instant::now();
+    let directory = held.directory.clone();
+    let cgroups_path = request.pod.cgroups_path.clone();
+    let work = move || -> Result<Option<PodCgroup>, BootError> {
+        directory.mount_shared()?;
+        if cgroups_path.is_empty() {
+            return Ok(None);
+        }
+        let cgroup = PodCgroup::find(&cgroups_path)?;
+        cgroup.join()?;
+        Ok(Some(cgroup))
+    };
+    held.cgroup = tokio::task::spawn_blocking(work).await??;
+    let queues = request.config.fs_request_queues;
+    let directory = &held.directory;
+    let (fs, vmm_fs) = fs::start(&programs.fs, request.id, directory.path(), &directory.shared(), queues)?;
+    held.record.fs = Identity::of(fs.pid);
+    held.fs = Some(fs);
+    held.directory.write(&held.record)?;
+    Ok((vmm_fs, begun.elapsed()))
+}
+
+/// Awaits `work`, unless VMM or fs daemon end before.
+async fn while_alive<T>(
+    what: &'static str,
+    vmm: &Vmm,
+    fs: Option<&Helper>,
+    work: impl Future<Output = Result<T, BootError>>,
+) -> Result<T, BootError> {
+    let fs_ended = async {
+        match fs {
+            Some(fs) => {
+                let status = fs.ended().await;
+                format!("husk-fs ended ({status}): {}", fs.log.last(Duration::from_millis(500)).await)
+            }
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        // A broken connection is only the trace of an end whose cause is better told.
+        cause = vmm.ended() => Err(BootError::Ended { what, cause }),
+        cause = fs_ended => Err(BootError::Ended { what, cause }),
+        done = work => match done {
+            Err(BootError::Peer(PeerError::NotDialled(_) | PeerError::Connection { .. } | PeerError::Socket { .. })) => {
+                match tokio::time::timeout(Duration::from_secs(2), vmm.ended()).await {
+                    Ok(cause) => Err(BootError::Ended { what, cause }),
+                    Err(_) => done,
+                }
+            }
+            done => done,
+        },
+    }
+}
+
+/// The guest kernel's command line (Documentation/admin-guide/kernel-parameters.txt). Only the operator's words are added, never a pod's.
+fn command_line(config: &Config, nonce: &[u8; 16]) -> String {
+    let console = if config.serial { "earlyprintk=ttyS0 console=ttyS0 console=hvc0" } else { "console=hvc0 quiet" };
+    let nonce = random::hex(nonce);
+    // No bounce buffers (swiotlb), no search for PCI buses beyond the only one, and no RCU grace period of whole ticks where a process enters a
+    // cgroup: each would cost milliseconds of every start.
+    let quick = "swiotlb=noforce pci=lastbus=0 rcupdate.rcu_expedited=1";
+    let fixed = "panic=-1 reboot=t init=/init tsc=reliable no_timer_check random.trust_cpu=on";
+    let line = format!("{console} {fixed} {quick} {NONCE_KEY}={nonce} {}", config.kernel_parameters.trim());
+    line.trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_ends_with_the_operators_words() {
+        let config = Config { kernel_parameters: " mitigations=off ".to_owned(), ..Config::default() };
+        let line = command_line(&config, &[0xab; 16]);
+        assert!(line.starts_with("console=hvc0 quiet panic=-1 reboot=t init=/init "), "{line}");
+        assert!(line.ends_with(&format!("husk.nonce={} mitigations=off", "ab".repeat(16))), "{line}");
+        assert!(!command_line(&Config::default(), &[0; 16]).ends_with(' '));
+    }
+}

@@ -1,0 +1,216 @@
+//! Containers in the guest: their files put into the share directory, the agent asked to build them, and all of it taken back.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use containerd_shim_protos::api::Mount;
+use husk_agent_api::agent::CreateContainerRequest;
+use oci_spec::runtime::Spec;
+use tracing::{info, warn};
+
+use super::Pod;
+use super::machine::{Machine, unmount_below};
+use crate::container::Container;
+use crate::container::process::Process;
+use crate::container::stdio::Pending;
+use crate::error::{Error, chain};
+use crate::peer::PeerError;
+use crate::spec::SpecError;
+use crate::spec::guest::{self, HostBind};
+use crate::spec::load::Role;
+use crate::storage::{self, BindOptions, RootfsMount, StorageError};
+
+/// A container's files on the host, and where they go.
+struct Files {
+    share: PathBuf,
+    rootfs: Vec<RootfsMount>,
+    bundle_rootfs: PathBuf,
+    binds: Vec<HostBind>,
+}
+
+impl Pod {
+    /// Makes a container in the running guest, up to (not including) the start of its process.
+    pub(super) async fn create_guest(
+        &self,
+        machine: &Arc<Machine>,
+        container: &Arc<Container>,
+        spec: Spec,
+        role: &Role,
+        rootfs: &[Mount],
+    ) -> Result<(), Error> {
+        let begun = Instant::now();
+        let guest = guest::convert(spec, &container.id, role)?;
+        let files = Files {
+            share: machine.shared().join(container.share()),
+            rootfs: rootfs.iter().map(rootfs_mount).collect(),
+            bundle_rootfs: Path::new(&container.bundle).join(&guest.rootfs),
+            binds: guest.binds,
+        };
+        let share = files.share.clone();
+        let outcome = self.build(machine, container, &guest.spec, files, begun).await;
+        if outcome.is_err() {
+            take_back(share).await;
+        }
+        outcome
+    }
+
+    /// Mounts, streams, and the agent's part.
+    async fn build(
+        &self,
+        machine: &Arc<Machine>,
+        container: &Arc<Container>,
+        spec: &Spec,
+        files: Files,
+        begun: Instant,
+    ) -> Result<(), Error> {
+        let init = &container.init;
+        let mounting = async {
+            tokio::task::spawn_blocking(move || mount(&files)).await.map_err(Error::from)?.map_err(Error::from)
+        };
+        let opening = async {
+            let opened = Pending::open(&init.stdio, &machine.dial, &self.around.namespace, &container.id).await;
+            opened.map_err(Error::from)
+        };
+        let (mounted, pending) = tokio::join!(mounting, opening);
+        mounted?;
+        let pending = pending?;
+        let mounted = begun.elapsed();
+        let request = CreateContainerRequest {
+            id: container.id.to_string(),
+            spec: serde_json::to_vec(spec).map_err(|error| Error::Spec(SpecError::Encode(error)))?,
+            stdio: Some(pending.request(init.size())).into(),
+            ..Default::default()
+        };
+        machine.agent.create_container(&request).await?;
+        match pending.join().await {
+            Ok(streams) => *init.streams.lock().await = Some(streams),
+            Err(error) => {
+                ignore_absent(machine.agent.delete_container(&container.id).await);
+                return Err(error.into());
+            }
+        }
+        if let Some(score) = spec.process().as_ref().and_then(|process| process.oom_score_adj()) {
+            machine.lower_oom_score(score);
+        }
+        info!(
+            "container created id={} mounts_ms={:.1} cell_ms={:.1} total_ms={:.1}",
+            container.id,
+            mounted.as_secs_f64() * 1000.0,
+            (begun.elapsed() - mounted).as_secs_f64() * 1000.0,
+            begun.elapsed().as_secs_f64() * 1000.0,
+        );
+        Ok(())
+    }
+
+    /// Removes an ended container from the guest and its files from the share directory.
+    pub(super) async fn delete_guest(&self, container: &Arc<Container>) -> Result<(), Error> {
+        let machine = self.current();
+        if let Some(machine) = machine.as_ref().filter(|machine| machine.cause().is_none()) {
+            match machine.agent.delete_container(&container.id).await {
+                // If it died meanwhile, there is nothing in it that could be left.
+                Err(error) if machine.cause().is_some() || matches!(error, PeerError::Connection { .. }) => {
+                    warn!("{}", chain(&error));
+                }
+                Err(error) if error.is_not_found() => {}
+                other => other?,
+            }
+        }
+        for process in container.processes() {
+            drain(&process, &container.id).await;
+        }
+        if let Some(machine) = machine {
+            take_back(machine.shared().join(container.share())).await;
+        }
+        Ok(())
+    }
+
+    /// Forgets an ended exec process.
+    pub(super) async fn delete_exec(&self, container: &Container, process: &Arc<Process>) {
+        drain(process, &process.exec_id).await;
+        if let Ok(machine) = self.running("forget a process") {
+            ignore_absent(machine.agent.delete_process(&container.id, &process.exec_id).await);
+        }
+        container.remove_exec(&process.exec_id);
+    }
+}
+
+/// Waits until containerd has all of a process's output.
+async fn drain(process: &Process, id: &str) {
+    // The lock is not held while waiting: CloseIO may come meanwhile.
+    let streams = process.streams.lock().await.take();
+    if let Some(streams) = streams {
+        streams.drain(id).await;
+    }
+}
+
+/// For clean-up: what is not there is fine, anything else is worth a line.
+fn ignore_absent(outcome: Result<(), PeerError>) {
+    match outcome {
+        Err(error) if !error.is_not_found() => warn!("{}", chain(&error)),
+        _ => {}
+    }
+}
+
+fn rootfs_mount(mount: &Mount) -> RootfsMount {
+    RootfsMount {
+        kind: mount.type_.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+    }
+}
+
+/// Mounts a container's files into its part of the share directory.
+fn mount(files: &Files) -> Result<(), StorageError> {
+    let root = files.share.join("rootfs");
+    if files.rootfs.is_empty() {
+        // `ctr run --rootfs` and the like: the bundle names a directory that is already there.
+        let options = BindOptions { readonly: false, recursive: true, ..BindOptions::default() };
+        storage::bind(&files.bundle_rootfs, &root, options)?;
+    } else {
+        storage::mount_rootfs(&files.rootfs, &root)?;
+    }
+    for bind in &files.binds {
+        let target = files.share.join("mounts").join(bind.number.to_string());
+        storage::bind(&bind.source, &target, bind.options)?;
+    }
+    Ok(())
+}
+
+/// Unmounts a container's part of the share directory and removes it. The small file system that it is on holds only mount points.
+async fn take_back(share: PathBuf) {
+    let work = move || {
+        unmount_below(&share);
+        match remove_mount_points(&share) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                warn!("cannot remove {}: {error}", share.display());
+            }
+            _ => {}
+        }
+    };
+    if let Err(error) = tokio::task::spawn_blocking(work).await {
+        warn!("the removal of a container's files was cut off: {error}");
+    }
+}
+
+/// Removes empty directories and files that were mount points; whatever is not empty stays, and is an error.
+fn remove_mount_points(share: &Path) -> std::io::Result<()> {
+    let mounts = share.join("mounts");
+    if mounts.exists() {
+        for entry in std::fs::read_dir(&mounts)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                std::fs::remove_dir(entry.path())?;
+            } else {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        std::fs::remove_dir(&mounts)?;
+    }
+    let root = share.join("rootfs");
+    if root.exists() {
+        std::fs::remove_dir(&root)?;
+    }
+    std::fs::remove_dir(share)
+}

@@ -1,0 +1,181 @@
+//! The pod's virtual machine as the shim holds it: its processes, its connections, and everything on the host that must go with it.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tracing::warn;
+
+use super::state::{Directory, Record};
+use crate::cgroup::PodCgroup;
+use crate::error::chain;
+use crate::network;
+use crate::peer::agent::Agent;
+use crate::peer::dial::Dial;
+use crate::peer::helper::Helper;
+use crate::peer::vmm::Vmm;
+use crate::storage;
+
+/// Longest wait for a killed process to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// Longest wait for the pod's cgroup to be empty.
+const CGROUP_LIMIT: Duration = Duration::from_secs(5);
+
+/// What a pod has on the host, from the first step of its start on.
+pub(crate) struct Held {
+    /// Its directory.
+    pub(crate) directory: Directory,
+    /// Its state file's content.
+    pub(crate) record: Record,
+    /// Its cgroup.
+    pub(crate) cgroup: Option<PodCgroup>,
+    /// Its fs daemon.
+    pub(crate) fs: Option<Helper>,
+    /// Its VMM.
+    pub(crate) vmm: Option<Vmm>,
+}
+
+impl Held {
+    /// Ends the processes and takes the network back; what containers mounted stays.
+    pub(crate) async fn end_processes(&self) {
+        let vmm = async {
+            if let Some(vmm) = &self.vmm {
+                vmm.helper.end(KILL_LIMIT).await;
+            }
+        };
+        let fs = async {
+            if let Some(fs) = &self.fs {
+                fs.end(KILL_LIMIT).await;
+            }
+        };
+        tokio::join!(vmm, fs);
+        if let Some(netns) = &self.record.netns
+            && let Err(error) = network::teardown(netns).await
+        {
+            warn!("cannot take the pod's network back: {}", chain(&error));
+        }
+    }
+
+    /// Takes everything back. Each step is tried, whatever the others do.
+    pub(crate) async fn release(&mut self) {
+        self.end_processes().await;
+        let directory = self.directory.clone();
+        let cgroup = self.cgroup.take();
+        let work = move || {
+            unmount_below(&directory.shared());
+            if let Err(error) = storage::unmount(&directory.shared()) {
+                warn!("{}", chain(&error));
+            }
+            if let Some(cgroup) = cgroup
+                && let Err(error) = cgroup.leave().and_then(|()| cgroup.remove(CGROUP_LIMIT))
+            {
+                warn!("cannot remove the pod's cgroup: {}", chain(&error));
+            }
+            if let Err(error) = directory.remove() {
+                warn!("{}", chain(&error));
+            }
+        };
+        if let Err(error) = tokio::task::spawn_blocking(work).await {
+            warn!("the release of the pod's resources was cut off: {error}");
+        }
+    }
+}
+
+/// Detaches every mount below `directory`, the deepest first.
+pub(crate) fn unmount_below(directory: &std::path::Path) {
+    let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
+    // Field 5 is the mount point (proc_pid_mountinfo(5)); a pod's directory holds none of the characters that are escaped there.
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    let mut below: Vec<_> = points.filter(|point| point.starts_with(directory) && point != directory).collect();
+    below.sort();
+    for point in below.iter().rev() {
+        if let Err(error) = storage::unmount(point) {
+            warn!("{}", chain(&error));
+        }
+    }
+}
+
+/// A started machine.
+pub(crate) struct Machine {
+    /// Connections of the guest.
+    pub(crate) dial: Dial,
+    /// The agent.
+    pub(crate) agent: Agent,
+    /// The VMM's process id, which containerd is told for every process of the pod.
+    pub(crate) pid: u32,
+    /// What it has on the host.
+    pub(crate) held: tokio::sync::RwLock<Held>,
+    directory: Directory,
+    down: watch::Sender<Option<String>>,
+    gone: watch::Sender<bool>,
+    stopping: AtomicBool,
+    oom_score: Mutex<Option<i32>>,
+}
+
+impl Machine {
+    /// A machine whose agent has started the pod.
+    pub(crate) fn new(held: Held, dial: Dial, agent: Agent) -> Self {
+        Self {
+            dial,
+            agent,
+            pid: held.vmm.as_ref().map_or(0, |vmm| vmm.helper.pid),
+            directory: held.directory.clone(),
+            held: tokio::sync::RwLock::new(held),
+            down: watch::Sender::new(None),
+            gone: watch::Sender::new(false),
+            stopping: AtomicBool::new(false),
+            oom_score: Mutex::new(None),
+        }
+    }
+
+    /// The share directory.
+    pub(crate) fn shared(&self) -> PathBuf {
+        self.directory.shared()
+    }
+
+    /// Why it no longer runs; nothing while it does.
+    pub(crate) fn cause(&self) -> Option<String> {
+        self.down.borrow().clone()
+    }
+
+    /// Notes that it no longer runs.
+    pub(crate) fn set_down(&self, cause: &str) {
+        self.down.send_replace(Some(cause.to_owned()));
+    }
+
+    /// Notes that its processes are gone too.
+    pub(crate) fn set_gone(&self) {
+        self.gone.send_replace(true);
+    }
+
+    /// Waits until its processes are gone.
+    pub(crate) async fn gone(&self) {
+        // The sender is the machine itself: the wait can't fail.
+        let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+
+    /// Begins a wanted end. True the first time.
+    pub(crate) fn begin_stop(&self) -> bool {
+        !self.stopping.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether its end is wanted.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Lets the host's OOM killer treat the machine as it would treat the best protected of its containers.
+    pub(crate) fn lower_oom_score(&self, score: i32) {
+        let mut lowest = self.oom_score.lock().unwrap_or_else(PoisonError::into_inner);
+        if lowest.is_some_and(|lowest| lowest <= score) {
+            return;
+        }
+        *lowest = Some(score);
+        if let Err(error) = std::fs::write(format!("/proc/{}/oom_score_adj", self.pid), score.to_string()) {
+            warn!("cannot set the VMM's OOM score to {score}: {error}");
+        }
+    }
+}

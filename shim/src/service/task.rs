@@ -1,0 +1,200 @@
+//! containerd's Task service, for the pod. Each request runs in a task of its own: containerd may give up waiting, the work is done whole.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+    StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::shim_async::{Task, create_task};
+use containerd_shim_protos::ttrpc;
+use containerd_shim_protos::ttrpc::r#async::{Service, TtrpcContext};
+use tracing::{debug, info};
+
+use crate::container::process::State;
+use crate::container::stats;
+use crate::container::stdio::Paths;
+use crate::error::Error;
+use crate::pod::{Pod, Seen};
+
+/// The service under both its names: containerd 1.x and 2.0 to 2.2 ask for v2 (a bare address is a v2 shim to them), 2.3 for v3. The
+/// messages are the same.
+pub(crate) fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
+    let service = Arc::new(TaskService { pod: Arc::clone(pod) });
+    let mut services = HashMap::new();
+    for version in ["v2", "v3"] {
+        let made = create_task(Arc::clone(&service) as Arc<dyn Task + Send + Sync>);
+        services.extend(made.into_values().map(|made| (format!("containerd.task.{version}.Task"), made)));
+    }
+    services
+}
+
+struct TaskService {
+    pod: Arc<Pod>,
+}
+
+impl TaskService {
+    /// Does the work to its end even if the request's deadline passes.
+    async fn whole<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> ttrpc::Result<T> {
+        let done = tokio::spawn(work).await.map_err(Error::from).and_then(|done| done);
+        done.map_err(|error| {
+            debug!("refused: {}", crate::error::chain(&error));
+            error.into()
+        })
+    }
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        info!("create {}", request.id);
+        let pod = Arc::clone(&self.pod);
+        let pid = self.whole(async move { pod.create(request).await }).await?;
+        Ok(CreateTaskResponse { pid, ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        info!("start {} {}", request.id, request.exec_id);
+        let pod = Arc::clone(&self.pod);
+        let pid = self.whole(async move { pod.start(&request.id, &request.exec_id).await }).await?;
+        Ok(StartResponse { pid, ..Default::default() })
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let Seen { container, process } = self.pod.find(&request.id, &request.exec_id)?;
+        let status = match process.state() {
+            State::Created | State::Starting(_) => Status::CREATED,
+            State::Running if container.is_paused() => Status::PAUSED,
+            State::Running => Status::RUNNING,
+            State::Exited(_) => Status::STOPPED,
+        };
+        let exit = process.exit();
+        Ok(StateResponse {
+            id: request.id,
+            exec_id: request.exec_id,
+            bundle: container.bundle.clone(),
+            pid: self.pod.pid(),
+            status: status.into(),
+            stdin: process.stdio.stdin.clone(),
+            stdout: process.stdio.stdout.clone(),
+            stderr: process.stdio.stderr.clone(),
+            terminal: process.stdio.terminal,
+            exit_status: exit.map_or(0, |exit| exit.status),
+            exited_at: exit.map(|exit| exit.timestamp()).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let Seen { process, .. } = self.pod.find(&request.id, &request.exec_id)?;
+        let exit = process.wait().await;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.timestamp()),
+            ..Default::default()
+        })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        info!("kill {} {} with signal {}", request.id, request.exec_id, request.signal);
+        let pod = Arc::clone(&self.pod);
+        let work = async move { pod.kill(&request.id, &request.exec_id, request.signal, request.all).await };
+        self.whole(work).await?;
+        Ok(Empty::new())
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        info!("delete {} {}", request.id, request.exec_id);
+        let pod = Arc::clone(&self.pod);
+        let exit = self.whole(async move { pod.delete(&request.id, &request.exec_id).await }).await?;
+        Ok(DeleteResponse {
+            pid: self.pod.pid(),
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.timestamp()),
+            ..Default::default()
+        })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        info!("exec {} {}", request.id, request.exec_id);
+        let stdio =
+            Paths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+        let spec = request.spec.into_option().unwrap_or_default().value;
+        let pod = Arc::clone(&self.pod);
+        self.whole(async move { pod.exec(&request.id, &request.exec_id, stdio, spec).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let resized = self.pod.resize(&request.id, &request.exec_id, request.width, request.height).await;
+        resized?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        if request.stdin {
+            self.pod.close_stdin(&request.id, &request.exec_id).await?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        self.pod.find(&request.id, "")?;
+        let process = ProcessInfo { pid: self.pod.pid(), ..Default::default() };
+        Ok(PidsResponse { processes: vec![process], ..Default::default() })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid: self.pod.pid(), ..Default::default() })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        self.whole(async move { pod.pause(&request.id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        self.whole(async move { pod.resume(&request.id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        Err(Error::Unsupported("husk cannot checkpoint a container").into())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let resources = request.resources.into_option().unwrap_or_default().value;
+        self.pod.update(&request.id, &resources).await?;
+        Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let figures = self.pod.stats(&request.id).await?;
+        let packed = stats::pack(&figures).map_err(|error| {
+            ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, format!("cannot pack stats: {error}"))
+        })?;
+        Ok(StatsResponse { stats: MessageField::some(packed), ..Default::default() })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        info!("shutdown {}", request.id);
+        let pod = Arc::clone(&self.pod);
+        self.whole(async move {
+            pod.shutdown(request.now).await;
+            Ok(())
+        })
+        .await?;
+        Ok(Empty::new())
+    }
+}

@@ -1,0 +1,98 @@
+//! The host's OCI runtime spec, read and turned into what the guest runs.
+
+pub(crate) mod annotations;
+pub(crate) mod guest;
+pub(crate) mod load;
+pub(crate) mod size;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why a spec can't be run in a virtual machine.
+#[derive(Debug, Error)]
+pub(crate) enum SpecError {
+    /// The bundle's config.json can't be read.
+    #[error("cannot read {path}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is no OCI spec.
+    #[error("{path} is no OCI runtime spec", path = path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The guest's spec can't be written.
+    #[error("cannot write the guest's OCI spec")]
+    Encode(#[source] serde_json::Error),
+    /// A part that husk needs is not there.
+    #[error("the spec has no {0}")]
+    Missing(&'static str),
+    /// A namespace of the host's.
+    #[error("the pod wants the host's {0} namespace, which a virtual machine cannot have: run it with runc")]
+    HostNamespace(&'static str),
+    /// A user namespace.
+    #[error("the pod wants a user namespace, which husk does not make: the virtual machine is the wall")]
+    UserNamespace,
+    /// A namespace of something that is not the pod.
+    #[error("the {0} namespace at {path} is not the pod's", path = .1.display())]
+    ForeignNamespace(&'static str, PathBuf),
+    /// Hooks run on the host, beside a process that isn't there.
+    #[error("the spec has {0} hooks, which cannot reach into a virtual machine: run it with runc")]
+    Hooks(&'static str),
+    /// A mount that can't be made.
+    #[error("the mount on {destination} {why}", destination = destination.display())]
+    Mount {
+        /// Where in the container.
+        destination: PathBuf,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// More mounts than anyone needs.
+    #[error("the spec has {0} mounts; {max} are possible", max = guest::MAX_MOUNTS)]
+    TooManyMounts(usize),
+    /// A device of the host's.
+    #[error("the device {path} ({major}:{minor}) of the host cannot be given to a virtual machine", path = path.display())]
+    Device {
+        /// Where in the container.
+        path: PathBuf,
+        /// Major number.
+        major: i64,
+        /// Minor number.
+        minor: i64,
+    },
+    /// A notification socket on the host.
+    #[error("the seccomp profile wants a listener on the host, which a virtual machine cannot reach")]
+    SeccompListener,
+    /// An annotation that husk doesn't know.
+    #[error("the annotation {0} is unknown; husk knows {known}", known = annotations::KNOWN)]
+    UnknownAnnotation(String),
+    /// An annotation with a bad value.
+    #[error("the annotation {key} is {value:?}; it must be {wanted}")]
+    AnnotationValue {
+        /// Its name.
+        key: String,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        wanted: &'static str,
+    },
+    /// Too little memory.
+    #[error("a memory limit of {limit_bytes} bytes is too small for a pod: at least {min_mib} MiB are needed")]
+    MemoryLimit {
+        /// The limit.
+        limit_bytes: u64,
+        /// The least.
+        min_mib: u64,
+    },
+}

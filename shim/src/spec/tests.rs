@@ -1,0 +1,281 @@
+//! Specs as containerd's CRI plugin and `ctr` write them, turned into the guest's.
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use serde_json::{Value, json};
+
+use super::guest::{GuestSpec, convert};
+use super::load::{self, Role};
+use super::size::{self, Size};
+use super::{SpecError, annotations};
+use crate::config::Config;
+use crate::storage::Propagation;
+
+const SANDBOX: &str = "f00d";
+
+fn spec(value: Value) -> Spec {
+    serde_json::from_value(value).unwrap()
+}
+
+/// A container's spec as containerd 1.6's CRI plugin writes it.
+fn member() -> Value {
+    let sandboxes = format!("/var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes/{SANDBOX}");
+    let shm = format!("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/{SANDBOX}/shm");
+    json!({
+        "ociVersion": "1.0.2-dev",
+        "process": {
+            "user": {"uid": 0, "gid": 0}, "args": ["sh"], "cwd": "/", "apparmorProfile": "cri-containerd.apparmor.d",
+            "selinuxLabel": "system_u:system_r:container_t:s0", "oomScoreAdj": 999
+        },
+        "root": {"path": "rootfs"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "ro"]},
+            {"destination": "/etc/hosts", "type": "bind", "source": format!("{sandboxes}/hosts"), "options": ["rbind", "rprivate", "rw"]},
+            {"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind", "rprivate", "rw"]},
+            {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "rslave", "ro"]}
+        ],
+        "annotations": {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": SANDBOX},
+        "linux": {
+            "resources": {
+                "devices": [{"allow": false, "access": "rwm"}],
+                "memory": {"limit": 15728640},
+                "cpu": {"shares": 2, "cpus": "0-3", "mems": "0"}
+            },
+            "cgroupsPath": "test.slice:cri-containerd:c0ffee",
+            "namespaces": [
+                {"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "ipc", "path": "/proc/77/ns/ipc"},
+                {"type": "uts", "path": "/proc/77/ns/uts"}, {"type": "mount"},
+                {"type": "network", "path": "/proc/77/ns/net"}, {"type": "cgroup"}
+            ],
+            "maskedPaths": ["/proc/kcore"]
+        }
+    })
+}
+
+fn role() -> Role {
+    Role::Member(SANDBOX.to_owned())
+}
+
+fn converted(value: Value) -> Result<GuestSpec, SpecError> {
+    convert(spec(value), "c0ffee", &role())
+}
+
+fn namespaces(guest: &GuestSpec) -> Vec<(LinuxNamespaceType, Option<String>)> {
+    let listed = guest.spec.linux().as_ref().unwrap().namespaces().clone().unwrap();
+    listed.iter().map(|n| (n.typ(), n.path().as_ref().map(|path| path.display().to_string()))).collect()
+}
+
+#[test]
+fn tells_roles() {
+    assert_eq!(load::role(&spec(member())).unwrap(), role());
+    let sandbox = json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox"}});
+    assert_eq!(load::role(&spec(sandbox)).unwrap(), Role::Sandbox);
+    assert_eq!(load::role(&spec(json!({}))).unwrap(), Role::Single);
+    assert!(load::role(&spec(json!({"annotations": {"io.kubernetes.cri.container-type": "x"}}))).is_err());
+    assert!(load::role(&spec(json!({"annotations": {"io.kubernetes.cri.container-type": "container"}}))).is_err());
+}
+
+#[test]
+fn member_joins_the_pods_namespaces_and_gets_a_cgroup_of_its_own() {
+    let guest = converted(member()).unwrap();
+    assert_eq!(
+        namespaces(&guest),
+        [
+            (LinuxNamespaceType::Mount, None),
+            (LinuxNamespaceType::Pid, Some("/run/husk/ns/pid".to_owned())),
+            (LinuxNamespaceType::Cgroup, None),
+        ]
+    );
+    let linux = guest.spec.linux().as_ref().unwrap();
+    assert_eq!(linux.cgroups_path().as_ref().unwrap().to_str(), Some("/c0ffee"));
+    let cpu = linux.resources().as_ref().unwrap().cpu().clone().unwrap();
+    assert_eq!((cpu.cpus(), cpu.mems(), cpu.shares()), (&None, &None, Some(2)));
+    assert_eq!(linux.masked_paths().as_ref().unwrap(), &["/proc/kcore"]);
+    let process = guest.spec.process().as_ref().unwrap();
+    assert_eq!(process.apparmor_profile().as_deref(), Some("cri-containerd.apparmor.d"));
+    assert_eq!(process.selinux_label(), &None);
+    assert!(guest.spec.annotations().is_none());
+}
+
+#[test]
+fn own_pid_namespace_and_privileged_without_cgroup_namespace() {
+    let mut value = member();
+    value["linux"]["namespaces"] =
+        json!([{"type": "pid"}, {"type": "mount"}, {"type": "network", "path": "/proc/77/ns/net"}]);
+    let guest = converted(value).unwrap();
+    assert_eq!(namespaces(&guest), [(LinuxNamespaceType::Mount, None), (LinuxNamespaceType::Pid, None)]);
+}
+
+#[test]
+fn binds_go_to_the_share_directory_and_shm_stays_in_the_guest() {
+    let guest = converted(member()).unwrap();
+    assert_eq!(guest.rootfs.to_str(), Some("rootfs"));
+    assert_eq!(guest.spec.root().as_ref().unwrap().path().to_str(), Some("/run/husk/shared/c0ffee/rootfs"));
+    let mounts = guest.spec.mounts().clone().unwrap();
+    let source = |at: usize| mounts[at].source().as_ref().unwrap().display().to_string();
+    assert_eq!(source(0), "proc");
+    assert_eq!(mounts[1].typ().as_deref(), Some("cgroup"));
+    assert_eq!(source(2), "/run/husk/shared/c0ffee/mounts/0");
+    assert_eq!(source(3), "/run/husk/shm");
+    assert_eq!(source(4), "/run/husk/shared/c0ffee/mounts/1");
+    assert_eq!(mounts[4].options().as_ref().unwrap(), &["rbind", "rslave"]);
+    assert_eq!(guest.binds.len(), 2);
+    assert_eq!(guest.binds[1].source.to_str(), Some("/srv/data"));
+    let options = guest.binds[1].options;
+    assert_eq!((options.readonly, options.recursive, options.propagation), (true, true, Propagation::Slave));
+    assert!(!guest.binds[0].options.readonly);
+}
+
+#[test]
+fn a_volume_on_dev_shm_is_a_volume() {
+    let mut value = member();
+    value["mounts"][3]["source"] = json!("/var/lib/kubelet/pods/x/volumes/kubernetes.io~empty-dir/shm");
+    let guest = converted(value).unwrap();
+    assert_eq!(guest.binds.len(), 3);
+}
+
+#[test]
+fn refuses_what_cannot_be_done_truthfully() {
+    let mut bidirectional = member();
+    bidirectional["mounts"][4]["options"] = json!(["rbind", "rshared"]);
+    assert!(matches!(converted(bidirectional), Err(SpecError::Mount { .. })));
+
+    let mut hooks = member();
+    hooks["hooks"] = json!({"createRuntime": [{"path": "/bin/hook"}]});
+    assert!(matches!(converted(hooks), Err(SpecError::Hooks("createRuntime"))));
+    let mut empty_hooks = member();
+    empty_hooks["hooks"] = json!({"createRuntime": []});
+    assert!(converted(empty_hooks).is_ok());
+
+    let mut user = member();
+    user["linux"]["uidMappings"] = json!([{"hostID": 1000, "containerID": 0, "size": 1}]);
+    assert!(matches!(converted(user), Err(SpecError::UserNamespace)));
+
+    let mut listener = member();
+    listener["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x.sock"});
+    assert!(matches!(converted(listener), Err(SpecError::SeccompListener)));
+
+    let mut relative = member();
+    relative["mounts"][4]["source"] = json!("data");
+    assert!(matches!(converted(relative), Err(SpecError::Mount { .. })));
+}
+
+#[test]
+fn mounts_are_bounded() {
+    let mut value = member();
+    let mount = json!({"destination": "/x", "type": "tmpfs", "source": "tmpfs"});
+    value["mounts"] = Value::Array(vec![mount; super::guest::MAX_MOUNTS + 1]);
+    assert!(matches!(converted(value), Err(SpecError::TooManyMounts(_))));
+}
+
+#[test]
+fn privileged_loses_the_hosts_devices_and_others_are_refused_by_name() {
+    let devices = json!([
+        {"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+        {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}
+    ]);
+    let mut privileged = member();
+    privileged["linux"]["devices"] = devices.clone();
+    privileged["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+    let guest = converted(privileged).unwrap();
+    let kept = guest.spec.linux().as_ref().unwrap().devices().clone().unwrap();
+    assert_eq!(kept.iter().map(|device| device.path().display().to_string()).collect::<Vec<_>>(), ["/dev/null"]);
+
+    let mut asked = member();
+    asked["linux"]["devices"] = devices;
+    let error = converted(asked).unwrap_err();
+    assert!(error.to_string().contains("/dev/sda (8:0)"), "{error}");
+}
+
+/// A sandbox's spec.
+fn sandbox(annotations: Value) -> Value {
+    let mut all = json!({"io.kubernetes.cri.container-type": "sandbox"});
+    all.as_object_mut().unwrap().extend(annotations.as_object().unwrap().clone());
+    json!({
+        "hostname": "web-0", "annotations": all,
+        "linux": {
+            "sysctl": {"kernel.shm_rmid_forced": "1"}, "cgroupsPath": "/kubepods/pod1/f00d",
+            "namespaces": [
+                {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"},
+                {"type": "network", "path": "/var/run/netns/cni-1"}
+            ]
+        }
+    })
+}
+
+#[test]
+fn pod_takes_network_name_and_sysctls_from_the_sandbox() {
+    let pod = load::pod(&spec(sandbox(json!({})))).unwrap();
+    assert_eq!(pod.hostname, "web-0");
+    assert_eq!(pod.netns.unwrap().to_str(), Some("/var/run/netns/cni-1"));
+    assert_eq!(pod.cgroups_path, "/kubepods/pod1/f00d");
+    assert_eq!(pod.sysctls["kernel.shm_rmid_forced"], "1");
+}
+
+#[test]
+fn host_namespaces_are_refused_with_words() {
+    for kind in ["network", "pid", "ipc"] {
+        let mut value = sandbox(json!({}));
+        value["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != kind);
+        let error = load::pod(&spec(value)).unwrap_err().to_string();
+        assert!(error.contains(kind) && error.contains("run it with runc"), "{error}");
+    }
+}
+
+fn size(annotations: Value) -> Result<Size, SpecError> {
+    size::of(&spec(sandbox(annotations)), &Role::Sandbox, &Config::default(), 8)
+}
+
+#[test]
+fn size_follows_wishes_then_limits_then_the_default() {
+    assert_eq!(size(json!({})).unwrap(), Size { vcpus: 1, memory_mib: 2048 });
+    let limits = json!({
+        "io.kubernetes.cri.sandbox-cpu-period": "100000", "io.kubernetes.cri.sandbox-cpu-quota": "250000",
+        "io.kubernetes.cri.sandbox-memory": "268435456"
+    });
+    assert_eq!(size(limits).unwrap(), Size { vcpus: 3, memory_mib: 320 });
+    let unlimited = json!({
+        "io.kubernetes.cri.sandbox-cpu-period": "100000", "io.kubernetes.cri.sandbox-cpu-quota": "0",
+        "io.kubernetes.cri.sandbox-cpu-shares": "2048", "io.kubernetes.cri.sandbox-memory": "0"
+    });
+    assert_eq!(size(unlimited).unwrap(), Size { vcpus: 2, memory_mib: 2048 });
+    let wishes =
+        json!({"io.husk.vcpus": "4", "io.husk.memory-mib": "96", "io.kubernetes.cri.sandbox-memory": "268435456"});
+    assert_eq!(size(wishes).unwrap(), Size { vcpus: 4, memory_mib: 96 });
+    assert_eq!(size(json!({"io.husk.vcpus": "64"})).unwrap().vcpus, 8);
+}
+
+#[test]
+fn size_of_a_single_container_follows_its_limits() {
+    let value =
+        json!({"linux": {"resources": {"memory": {"limit": 134217728}, "cpu": {"quota": 150000, "period": 100000}}}});
+    let size = size::of(&spec(value), &Role::Single, &Config::default(), 8).unwrap();
+    assert_eq!(size, Size { vcpus: 2, memory_mib: 192 });
+}
+
+#[test]
+fn too_small_a_limit_is_refused_with_words() {
+    let error = size(json!({"io.kubernetes.cri.sandbox-memory": "1048576"})).unwrap_err();
+    assert!(error.to_string().contains("too small"), "{error}");
+    assert!(size(json!({"io.kubernetes.cri.sandbox-memory": "much"})).is_err());
+}
+
+#[test]
+fn unknown_and_bad_annotations_are_refused_by_name() {
+    let parse = |value: Value| annotations::parse(&serde_json::from_value(value).unwrap());
+    let error = parse(json!({"io.husk.kernel": "/evil"})).unwrap_err().to_string();
+    assert!(error.contains("io.husk.kernel") && error.contains("io.husk.vcpus"), "{error}");
+    for (key, value) in [
+        ("io.husk.vcpus", "0"),
+        ("io.husk.vcpus", "65"),
+        ("io.husk.vcpus", "two"),
+        ("io.husk.memory-mib", "63"),
+        ("io.husk.memory-mib", "-1"),
+        ("io.husk.memory-mib", "99999999999999999999"),
+    ] {
+        let mut annotations = serde_json::Map::new();
+        annotations.insert(key.to_owned(), json!(value));
+        assert!(matches!(parse(Value::Object(annotations)), Err(SpecError::AnnotationValue { .. })), "{key}={value}");
+    }
+    assert_eq!(parse(json!({"other.io/x": "y"})).unwrap(), annotations::Wishes::default());
+}

@@ -1,0 +1,223 @@
+//! A container's root file system: containerd's list of mounts, mounted in order.
+
+use std::fs::create_dir_all;
+use std::io::{Error, ErrorKind};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
+
+use super::volume::{BindOptions, Propagation, bind_at, unmount};
+use super::{StorageError, step};
+
+/// mount(2) takes one page of options, its last byte a NUL.
+const MAX_DATA: usize = 4095;
+
+/// Most layers of an overlay (Linux's fs/overlayfs: OVL_MAX_STACK).
+const MAX_LAYERS: usize = 500;
+
+/// Types of file system that containerd's snapshotters use.
+const TYPES: [&str; 7] = ["overlay", "ext4", "xfs", "btrfs", "erofs", "squashfs", "tmpfs"];
+
+/// One mount of a container's root file system, as containerd gives it (`containerd.types.Mount`).
+#[derive(Clone, Debug, Default)]
+pub(crate) struct RootfsMount {
+    /// Type: overlay, bind, or a file system on a block device.
+    pub(crate) kind: String,
+    /// Device, directory or file.
+    pub(crate) source: String,
+    /// Path below the root file system's directory; empty: the directory itself.
+    pub(crate) target: String,
+    /// As in mount(8)'s `-o`.
+    pub(crate) options: Vec<String>,
+}
+
+/// Mounts `mounts`, in order, on `target` (made if absent). All or nothing.
+pub(crate) fn mount_rootfs(mounts: &[RootfsMount], target: &Path) -> Result<(), StorageError> {
+    create_dir_all(target).map_err(step("a root file system", target, "make the directory"))?;
+    for one in mounts {
+        if let Err(error) = mount_one(one, target) {
+            // The first error is the one to tell.
+            let _ = unmount(target);
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+fn mount_one(one: &RootfsMount, root: &Path) -> Result<(), StorageError> {
+    let name = format!("{} {}", one.kind, one.source);
+    let options = Options::parse(&one.options);
+    let place = Place::open(&name, root, &one.target)?;
+    if options.bind || one.kind == "bind" {
+        let how = BindOptions {
+            readonly: options.readonly(),
+            recursive: options.recursive,
+            propagation: Propagation::Private,
+        };
+        return bind_at(Path::new(&one.source), &place.directory, root, how);
+    }
+    if !TYPES.contains(&one.kind.as_str()) {
+        return Err(step(&name, root, "type of file system")(Error::from(ErrorKind::Unsupported)));
+    }
+    if options.looped {
+        return Err(step(&name, root, "option loop")(Error::from(ErrorKind::Unsupported)));
+    }
+    let (data, _layers) = if one.kind == "overlay" && options.data.len() > MAX_DATA {
+        shorten(&options.data).map_err(step(&name, root, "open the layers"))?
+    } else {
+        (options.data.clone(), Vec::new())
+    };
+    if data.len() > MAX_DATA {
+        return Err(step(&name, root, format!("{} bytes of options", data.len()))(Error::from(
+            ErrorKind::InvalidInput,
+        )));
+    }
+    let data = (!data.is_empty()).then_some(data.as_str());
+    // As in `bind`: only husk-fs uses it.
+    let flags = options.flags | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    mount(Some(one.source.as_str()), &place.path, Some(one.kind.as_str()), flags, data)
+        .map_err(step(&name, root, "mount"))
+}
+
+/// Where to mount: open, and named by its descriptor for mount(2). A place inside a root file system is resolved below it, whatever
+/// links the image has.
+struct Place {
+    path: PathBuf,
+    directory: OwnedFd,
+}
+
+impl Place {
+    fn open(name: &str, root: &Path, below: &str) -> Result<Self, StorageError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let below = if below.is_empty() { "/" } else { below };
+        let directory = open(root, flags | OFlags::NOFOLLOW, Mode::empty())
+            .and_then(|root| openat2(&root, below, flags, Mode::empty(), resolve))
+            .map_err(step(name, root, format!("open {below} in it")))?;
+        Ok(Self { path: format!("/proc/self/fd/{}", directory.as_raw_fd()).into(), directory })
+    }
+}
+
+/// mount(8)'s options, sorted into what mount(2) takes.
+#[derive(Debug, PartialEq, Eq)]
+struct Options {
+    flags: MsFlags,
+    bind: bool,
+    recursive: bool,
+    looped: bool,
+    /// What is the file system's own, joined by commas.
+    data: String,
+}
+
+impl Options {
+    fn parse(options: &[String]) -> Self {
+        let mut parsed =
+            Self { flags: MsFlags::empty(), bind: false, recursive: false, looped: false, data: String::new() };
+        for option in options {
+            match option.as_str() {
+                "bind" => parsed.bind = true,
+                "rbind" => (parsed.bind, parsed.recursive) = (true, true),
+                "loop" => parsed.looped = true,
+                "defaults" | "" => {}
+                other => match flag(other) {
+                    Some((flag, true)) => parsed.flags.insert(flag),
+                    Some((flag, false)) => parsed.flags.remove(flag),
+                    None => {
+                        if !parsed.data.is_empty() {
+                            parsed.data.push(',');
+                        }
+                        parsed.data.push_str(other);
+                    }
+                },
+            }
+        }
+        parsed
+    }
+
+    fn readonly(&self) -> bool {
+        self.flags.contains(MsFlags::MS_RDONLY)
+    }
+}
+
+/// The flag that an option sets or clears.
+fn flag(option: &str) -> Option<(MsFlags, bool)> {
+    Some(match option {
+        "ro" => (MsFlags::MS_RDONLY, true),
+        "rw" => (MsFlags::MS_RDONLY, false),
+        "nosuid" => (MsFlags::MS_NOSUID, true),
+        "suid" => (MsFlags::MS_NOSUID, false),
+        "nodev" => (MsFlags::MS_NODEV, true),
+        "dev" => (MsFlags::MS_NODEV, false),
+        "noexec" => (MsFlags::MS_NOEXEC, true),
+        "exec" => (MsFlags::MS_NOEXEC, false),
+        "noatime" => (MsFlags::MS_NOATIME, true),
+        "atime" => (MsFlags::MS_NOATIME, false),
+        "nodiratime" => (MsFlags::MS_NODIRATIME, true),
+        "diratime" => (MsFlags::MS_NODIRATIME, false),
+        "relatime" => (MsFlags::MS_RELATIME, true),
+        "norelatime" => (MsFlags::MS_RELATIME, false),
+        "strictatime" => (MsFlags::MS_STRICTATIME, true),
+        "nostrictatime" => (MsFlags::MS_STRICTATIME, false),
+        "sync" => (MsFlags::MS_SYNCHRONOUS, true),
+        "async" => (MsFlags::MS_SYNCHRONOUS, false),
+        "dirsync" => (MsFlags::MS_DIRSYNC, true),
+        "lazytime" => (MsFlags::MS_LAZYTIME, true),
+        "nolazytime" => (MsFlags::MS_LAZYTIME, false),
+        _ => return None,
+    })
+}
+
+/// An overlay's options with each directory named by a descriptor, so that any number of layers up to `MAX_LAYERS` that fits a page
+/// in this form can be mounted whatever the length of their paths. The descriptors must live until the mount is made.
+fn shorten(data: &str) -> Result<(String, Vec<OwnedFd>), Error> {
+    let mut short = Vec::new();
+    let mut layers = Vec::new();
+    for option in data.split(',') {
+        let Some((key @ ("lowerdir" | "upperdir" | "workdir"), paths)) = option.split_once('=') else {
+            short.push(option.to_owned());
+            continue;
+        };
+        let mut names = Vec::new();
+        for path in paths.split(':') {
+            if layers.len() >= MAX_LAYERS {
+                return Err(Error::new(ErrorKind::InvalidInput, "too many layers"));
+            }
+            let layer = open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(|errno| Error::new(Error::from(errno).kind(), format!("{path}: {errno}")))?;
+            names.push(format!("/proc/self/fd/{}", layer.as_raw_fd()));
+            layers.push(layer);
+        }
+        short.push(format!("{key}={}", names.join(":")));
+    }
+    Ok((short.join(","), layers))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(options: &[&str]) -> Options {
+        Options::parse(&options.iter().map(|&option| option.to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn sorts_options() {
+        let options = parsed(&["rw", "ro", "nosuid", "index=off", "lowerdir=/a:/b", "defaults"]);
+        assert_eq!(options.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
+        assert_eq!(options.data, "index=off,lowerdir=/a:/b");
+        assert!(parsed(&["rbind", "ro"]).recursive);
+        assert!(!parsed(&["ro", "rw"]).readonly());
+    }
+
+    #[test]
+    fn names_layers_by_descriptor() {
+        let (data, layers) = shorten("lowerdir=/usr:/etc,upperdir=/tmp,userxattr").unwrap();
+        let [a, b, c] = [&layers[0], &layers[1], &layers[2]].map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        assert_eq!(data, format!("lowerdir={a}:{b},upperdir={c},userxattr"));
+        assert!(shorten("lowerdir=/no/such/layer").unwrap_err().to_string().contains("/no/such/layer"));
+        let many = format!("lowerdir={}", vec!["/usr"; MAX_LAYERS + 1].join(":"));
+        assert!(shorten(&many).is_err());
+    }
+}

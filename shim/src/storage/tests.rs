@@ -1,0 +1,125 @@
+//! Real mounts, in a mount namespace of the test's own thread.
+
+use std::fs::{self, read_to_string, write};
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use super::*;
+
+/// Runs a test on a thread with a mount namespace of its own, in a directory of its own.
+fn apart(test: impl FnOnce(&Path) + Send + 'static) {
+    let directory = std::env::temp_dir().join(format!("husk-storage-{:?}", std::thread::current().id()));
+    let here = directory.clone();
+    std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_FS | CloneFlags::CLONE_NEWNS).unwrap();
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+        fs::create_dir_all(&here).unwrap();
+        mount(Some("tmpfs"), &here, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        test(&here);
+    })
+    .join()
+    .unwrap();
+    // The mount went with the thread's namespace.
+    let _ = fs::remove_dir(directory);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn binds_files_and_directories_read_only() {
+    apart(|here| {
+        fs::create_dir_all(here.join("source/below")).unwrap();
+        mount(Some("tmpfs"), &here.join("source/below"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        write(here.join("source/below/file"), "x").unwrap();
+        let target = here.join("a/target");
+        bind(&here.join("source"), &target, BindOptions { readonly: true, recursive: true, ..Default::default() })
+            .unwrap();
+        assert_eq!(read_to_string(target.join("below/file")).unwrap(), "x");
+        for place in ["new", "below/new"] {
+            let error = write(target.join(place), "").unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EROFS), "{place}");
+        }
+        write(here.join("source/below/file"), "y").unwrap();
+        assert_eq!(read_to_string(target.join("below/file")).unwrap(), "y");
+
+        let file = here.join("b/file");
+        bind(&here.join("source/below/file"), &file, BindOptions::default()).unwrap();
+        write(&file, "z").unwrap();
+        assert_eq!(read_to_string(here.join("source/below/file")).unwrap(), "z");
+
+        unmount(&target).unwrap();
+        unmount(&target).unwrap();
+        unmount(&here.join("absent")).unwrap();
+        assert!(!target.join("below").exists());
+        let error = bind(&here.join("none"), &target, BindOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("none") && error.to_string().contains("a/target"), "{error}");
+        assert!(bind(Path::new("/proc/self/root"), &target, BindOptions::default()).is_err());
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn later_mounts_appear_in_slaves_only() {
+    apart(|here| {
+        mount(None::<&str>, here, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
+        fs::create_dir_all(here.join("source/late")).unwrap();
+        let (slave, private) = (here.join("slave"), here.join("private"));
+        let how = |propagation| BindOptions { recursive: true, propagation, ..Default::default() };
+        bind(&here.join("source"), &slave, how(Propagation::Slave)).unwrap();
+        bind(&here.join("source"), &private, how(Propagation::Private)).unwrap();
+        mount(Some("tmpfs"), &here.join("source/late"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        write(here.join("source/late/file"), "").unwrap();
+        assert!(slave.join("late/file").exists());
+        assert!(!private.join("late/file").exists());
+    });
+}
+
+#[test]
+#[ignore = "needs root and overlayfs"]
+fn mounts_overlays_whose_options_pass_a_page() {
+    apart(|here| {
+        let long = "l".repeat(200);
+        let mut lower = Vec::new();
+        for number in 0..60 {
+            let layer = here.join(format!("{long}{number}"));
+            fs::create_dir_all(&layer).unwrap();
+            write(layer.join(format!("file{number}")), number.to_string()).unwrap();
+            lower.push(layer.to_str().unwrap().to_owned());
+        }
+        let (upper, work) = (here.join("upper"), here.join("work"));
+        fs::create_dir_all(&upper).unwrap();
+        fs::create_dir_all(&work).unwrap();
+        let overlay = RootfsMount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            target: String::new(),
+            options: vec![
+                format!("lowerdir={}", lower.join(":")),
+                format!("upperdir={}", upper.display()),
+                format!("workdir={}", work.display()),
+            ],
+        };
+        let root = here.join("root");
+        mount_rootfs(std::slice::from_ref(&overlay), &root).unwrap();
+        assert_eq!(read_to_string(root.join("file59")).unwrap(), "59");
+        write(root.join("new"), "").unwrap();
+        assert!(upper.join("new").exists());
+        unmount(&root).unwrap();
+
+        // All or nothing: the second fails, so the first goes.
+        let bad = RootfsMount { kind: "nosuch".into(), ..RootfsMount::default() };
+        assert!(mount_rootfs(&[overlay.clone(), bad], &root).is_err());
+        assert!(!root.join("file59").exists());
+
+        // A place below the root is not led out of it by the image's links.
+        std::os::unix::fs::symlink("/tmp", here.join(format!("{long}0/escape"))).unwrap();
+        let inner = RootfsMount {
+            kind: "bind".into(),
+            source: upper.to_str().unwrap().into(),
+            target: "/escape".into(),
+            options: vec!["bind".into()],
+        };
+        assert!(mount_rootfs(&[overlay, inner], &root).is_err());
+    });
+}

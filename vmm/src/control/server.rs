@@ -1,0 +1,97 @@
+//! The service `husk.vmm.v1.Vmm` (vmm/api/proto/vmm.proto).
+
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use husk_vmm_api::vmm::{Empty, Phase, StatusResponse};
+use husk_vmm_api::vmm_ttrpc::{Vmm, create_vmm};
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::r#async::transport::Listener;
+use ttrpc::{Code, Error, get_status};
+
+use super::socket::{ControlSocket, Stop};
+use crate::lock::lock;
+use crate::machine::{Paused, Running};
+use crate::phases::Phases;
+
+/// The machine as the API sees it.
+enum State {
+    Running(Running),
+    Paused(Paused),
+    /// For the moment of a change, under the lock.
+    Changing,
+}
+
+/// The API over a machine.
+pub(super) struct Control {
+    machine: Mutex<State>,
+    phases: Phases,
+    stop: Stop,
+}
+
+impl Control {
+    /// Of a running machine.
+    pub(super) fn new(machine: Running, phases: Phases, stop: Stop) -> Self {
+        Self { machine: Mutex::new(State::Running(machine)), phases, stop }
+    }
+}
+
+/// Serves the one connection that there is, forever.
+pub(super) async fn serve(socket: ControlSocket, control: Control) -> ttrpc::Result<()> {
+    let connections = futures::StreamExt::chain(
+        futures::stream::iter([Ok(socket)]),
+        // A listener that ends would end the server.
+        futures::stream::pending(),
+    );
+    let mut server = ttrpc::r#async::Server::new()
+        .add_listener(Listener::new(connections))
+        .register_service(create_vmm(Arc::new(control)));
+    server.start().await?;
+    std::future::pending().await
+}
+
+fn refused(message: &str) -> Error {
+    Error::RpcStatus(get_status(Code::FAILED_PRECONDITION, message))
+}
+
+#[async_trait]
+impl Vmm for Control {
+    async fn status(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<StatusResponse> {
+        let state = match *lock(&self.machine) {
+            State::Paused(_) => "paused",
+            State::Running(_) | State::Changing => "running",
+        };
+        let phase = |(name, micros): (&str, u64)| Phase { name: name.into(), micros, ..Default::default() };
+        let phases = self.phases.list().into_iter().map(phase).collect();
+        Ok(StatusResponse { state: state.into(), phases, ..Default::default() })
+    }
+
+    async fn stop(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        tracing::info!("Stopped by the shim");
+        self.stop.after_answer();
+        Ok(Empty::default())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        let mut state = lock(&self.machine);
+        let (next, result) = match std::mem::replace(&mut *state, State::Changing) {
+            State::Running(machine) => match machine.pause() {
+                Ok(paused) => (State::Paused(paused), Ok(Empty::default())),
+                Err((machine, error)) => (State::Running(machine), Err(Error::Others(crate::chain(&error)))),
+            },
+            other => (other, Err(refused("The machine is paused already"))),
+        };
+        *state = next;
+        result
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        let mut state = lock(&self.machine);
+        let (next, result) = match std::mem::replace(&mut *state, State::Changing) {
+            State::Paused(machine) => (State::Running(machine.resume()), Ok(Empty::default())),
+            other => (other, Err(refused("The machine is not paused"))),
+        };
+        *state = next;
+        result
+    }
+}

@@ -1,0 +1,197 @@
+//! The ACPI tables (ACPI 6.5): hardware-reduced, with what Linux needs to find processors, PCI, power-off and pvpanic.
+
+use acpi_tables::aml::{self, AddressSpace, AddressSpaceCacheable, EISAName, Memory32Fixed, Name, ResourceTemplate};
+use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
+use acpi_tables::gas::{self, AccessSize, GAS};
+use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, fadt};
+
+use super::layout;
+use crate::hw::power;
+
+const OEM: [u8; 6] = *b"HUSK  ";
+const OEM_TABLE: [u8; 8] = *b"HUSKVMM ";
+const OEM_REVISION: u32 = 1;
+/// Length of a table's header, ACPI 6.5, table 5.4.
+const HEADER_LEN: u32 = 36;
+/// FADT, IAPC_BOOT_ARCH (ACPI 6.5, table 5.10): no VGA (bit 2), no PCIe ASPM (bit 4), no CMOS clock (bit 5); no 8042 either (bit 1).
+const BOOT_ARCH: u16 = 1 << 2 | 1 << 4 | 1 << 5;
+
+/// The tables as they lie in memory from [`layout::ACPI_TABLES`] on; the RSDP comes first.
+pub(crate) fn tables(vcpus: u8, serial: bool) -> Vec<u8> {
+    let mut blob = Blob(vec![0; Rsdp::len()]);
+    let dsdt = blob.push(&dsdt(serial));
+    let entries = [blob.push(&fadt(dsdt)), blob.push(&madt(vcpus)), blob.push(&mcfg())];
+    let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
+    for address in entries {
+        xsdt.add_entry(address);
+    }
+    let xsdt = blob.push(&xsdt);
+    let mut rsdp = Vec::new();
+    Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
+    blob.0[..rsdp.len()].copy_from_slice(&rsdp);
+    blob.0
+}
+
+struct Blob(Vec<u8>);
+
+impl Blob {
+    /// Appends a table and tells its address.
+    fn push(&mut self, table: &dyn Aml) -> u64 {
+        self.0.resize(self.0.len().next_multiple_of(16), 0);
+        let address = layout::ACPI_TABLES + self.0.len() as u64;
+        table.to_aml_bytes(&mut self.0);
+        address
+    }
+}
+
+fn port(address: u16) -> GAS {
+    GAS::new(gas::AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, address.into())
+}
+
+fn fadt(dsdt: u64) -> fadt::FADT {
+    let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::Headless)
+        .preferred_pm_profile(PmProfile::EnterpriseServer);
+    fadt.iapc_boot_arch = BOOT_ARCH.into();
+    fadt.reset_reg = port(power::RESET);
+    fadt.reset_value = power::RESET_VALUE;
+    fadt.sleep_control_reg = port(power::SLEEP_CONTROL);
+    fadt.sleep_status_reg = port(power::SLEEP_STATUS);
+    fadt.finalize()
+}
+
+fn madt(vcpus: u8) -> MADT {
+    let mut madt = MADT::new(OEM, OEM_TABLE, OEM_REVISION, LocalInterruptController::Address(layout::LAPIC));
+    for id in 0..vcpus {
+        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    }
+    // Its id only has to differ from those of the processors.
+    madt.add_structure(IoApic::new(vcpus, layout::IOAPIC, 0));
+    madt
+}
+
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
+    mcfg.add_ecam(layout::ECAM, 0, 0, 0);
+    mcfg
+}
+
+fn dsdt(serial: bool) -> Sdt {
+    let mut code = Vec::new();
+    let zero = aml::ZERO;
+    // _S5: the sleep type that the guest writes into the sleep control register to power off.
+    Name::new("_S5_".into(), &aml::Package::new(vec![&power::SLEEP_TYPE_S5, &zero, &zero, &zero]))
+        .to_aml_bytes(&mut code);
+    let mut devices = vec![pci_root(), ecam_reservation(), pvpanic()];
+    if serial {
+        devices.push(serial_port());
+    }
+    code.extend(aml::Scope::raw("_SB_".into(), devices.concat()));
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER_LEN, 2, OEM, OEM_TABLE, OEM_REVISION);
+    dsdt.append_slice(&code);
+    dsdt
+}
+
+fn device(name: &str, hid: &dyn Aml, more: &[&dyn Aml], resources: Vec<&dyn Aml>) -> Vec<u8> {
+    let hid = Name::new("_HID".into(), hid);
+    let uid = Name::new("_UID".into(), &aml::ZERO);
+    let crs = Name::new("_CRS".into(), &ResourceTemplate::new(resources));
+    let mut children: Vec<&dyn Aml> = vec![&hid, &uid, &crs];
+    children.extend(more);
+    let mut bytes = Vec::new();
+    aml::Device::new(name.into(), children).to_aml_bytes(&mut bytes);
+    bytes
+}
+
+fn pci_root() -> Vec<u8> {
+    let window_end = layout::PCI_WINDOW + layout::PCI_WINDOW_LEN - 1;
+    let config = aml::IO::new(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT, 1, layout::PCI_CONFIG_PORTS as u8);
+    let window = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        layout::PCI_WINDOW as u32,
+        window_end as u32,
+        None,
+    );
+    let compatible = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
+    let segment = Name::new("_SEG".into(), &aml::ZERO);
+    let bus = Name::new("_BBN".into(), &aml::ZERO);
+    let coherent = Name::new("_CCA".into(), &aml::ONE);
+    device(
+        "PCI0",
+        &EISAName::new("PNP0A08"),
+        &[&compatible, &segment, &bus, &coherent],
+        vec![&AddressSpace::new_bus_number(0u16, 0u16), &config, &window],
+    )
+}
+
+/// Linux uses the enhanced configuration space only if a motherboard resource claims it (PCI Firmware 3.3, section 4.1.2).
+fn ecam_reservation() -> Vec<u8> {
+    let ecam = Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_LEN as u32);
+    device("ECAM", &EISAName::new("PNP0C02"), &[], vec![&ecam])
+}
+
+fn pvpanic() -> Vec<u8> {
+    device("PVPN", &"QEMU0001", &[], vec![&aml::IO::new(layout::PVPANIC_PORT, layout::PVPANIC_PORT, 1, 1)])
+}
+
+fn serial_port() -> Vec<u8> {
+    let ports = aml::IO::new(layout::SERIAL_PORT, layout::SERIAL_PORT, 1, layout::SERIAL_PORTS as u8);
+    device(
+        "COM1",
+        &EISAName::new("PNP0501"),
+        &[],
+        vec![&ports, &aml::Interrupt::new(true, true, false, false, layout::SERIAL_GSI)],
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn u32_at(blob: &[u8], at: usize) -> usize {
+        u32::from_le_bytes(blob[at..at + 4].try_into().unwrap()) as usize
+    }
+
+    fn table(blob: &[u8], address: u64) -> &[u8] {
+        let at = (address - layout::ACPI_TABLES) as usize;
+        let table = &blob[at..at + u32_at(blob, at + 4)];
+        assert_eq!(table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)), 0, "checksum");
+        table
+    }
+
+    fn u64_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    #[test]
+    fn every_table_is_reached_from_the_rsdp_and_sums_to_zero() {
+        let blob = tables(64, true);
+        assert!(blob.len() as u64 <= layout::ACPI_TABLES_LEN);
+        assert_eq!(&blob[..8], b"RSD PTR ");
+        let xsdt = table(&blob, u64_at(&blob, 24));
+        let names: Vec<_> = xsdt[36..].chunks(8).map(|entry| table(&blob, u64_at(entry, 0))[..4].to_vec()).collect();
+        assert_eq!(names, [b"FACP", b"APIC", b"MCFG"]);
+        let fadt = table(&blob, u64_at(xsdt, 36));
+        assert_eq!(&table(&blob, u64_at(fadt, 140))[..4], b"DSDT");
+    }
+
+    #[test]
+    fn madt_has_every_vcpu() {
+        let blob = tables(3, false);
+        let xsdt = table(&blob, u64_at(&blob, 24));
+        let madt = table(&blob, u64_at(xsdt, 44));
+        assert_eq!(madt.len(), 44 + 3 * 8 + 12);
+    }
+}

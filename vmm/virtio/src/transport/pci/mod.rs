@@ -1,0 +1,8 @@
+//! A virtio device as a PCI function (virtio 1.2, 4.1): modern only, one 64-bit memory BAR, MSI-X only (no INTx pin).
+
+mod config;
+mod function;
+mod layout;
+mod msix;
+
+pub use function::{PciError, VirtioPciFunction};
