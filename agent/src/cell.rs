@@ -50,11 +50,12 @@ pub(crate) fn build(
     let cgroup = Cgroup::create(Path::new(CGROUP_DIR), path)
         .map_err(|source| ContainerError::Cgroup { what: what.clone(), source })?;
     let limit = || {
-        if let Some(resources) = linux.resources() {
+        let resources = linux.resources().as_ref();
+        if let Some(resources) = resources {
             cgroup.set(resources)?;
-            cgroup.restrict_devices(resources.devices().as_deref().unwrap_or_default())?;
         }
-        Ok(())
+        // Without a word about devices a container still gets the default ones only.
+        cgroup.restrict_devices(resources.and_then(|r| r.devices().as_deref()).unwrap_or_default())
     };
     let created = limit().map_err(|source| ContainerError::Cgroup { what, source }).and_then(|()| {
         let what = format!("make container {id}");

@@ -47,13 +47,10 @@ def test_shim_killed():
 
 def test_guest_panics():
     """A panic of the guest's kernel."""
-    def panic(box):
-        crictl("exec", "-s", box.id, "sh", "-c", "echo c > /proc/sysrq-trigger", check=False)
-
-    it = Pod().run()
+    it = Pod(linux={"security_context": {"privileged": True}}).run()
     try:
         box = it.start(["sleep", "1000"], linux={"security_context": {"privileged": True}})
-        panic(box)
+        crictl("exec", "-s", box.id, "sh", "-c", "echo c > /proc/sysrq-trigger", check=False)
         start = time.monotonic()
         while box.state() != "CONTAINER_EXITED":
             assert time.monotonic() - start < 2, "the container's death was not told within 2 s"

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import socket
 import subprocess
+import time
 
 from .command import Failed, output, run
 
@@ -71,6 +72,11 @@ class Containerd:
                     pass
             except TimeoutError:
                 raise Failed(f"containerd was not ready after 60 s: {self.log.read_text()[-3000:]}") from None
+        # READY=1 comes before the CRI plugin serves, and nothing tells of that.
+        end = time.monotonic() + 60
+        while run("crictl", "--config", CLIENT_CONFIG, "version", check=False).returncode:
+            if time.monotonic() > end:
+                raise Failed(f"containerd's CRI service was not ready after 60 s: {self.log.read_text()[-3000:]}")
 
     def load(self, *names):
         """Loads images of tests/images by name."""

@@ -52,7 +52,8 @@ class Pod:
         os.makedirs(self.logs, exist_ok=True)
         self.config = {"metadata": {"name": name, "namespace": "test", "uid": f"uid{number}", "attempt": 1},
                        "hostname": config.pop("hostname", name), "log_directory": self.logs,
-                       "annotations": annotations or {}, "linux": {}, **config}
+                       "annotations": annotations or {}, "linux": {"cgroup_parent": "/husk-test", **config.pop("linux", {})},
+                       **config}
         self.handler = handler
         self.file = _file(self.config)
         self.id = None

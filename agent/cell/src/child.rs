@@ -247,9 +247,15 @@ fn make_process(
     let joined = std::mem::take(&mut parts.joined);
     let user_namespace = joined.iter().any(|(kind, _)| *kind == CloneFlags::CLONE_NEWUSER);
     before_fork(process, &parts, user_namespace)?;
-    join(&joined)?;
-    drop(joined);
+    // From within a cgroup namespace no process can be born or moved into a cgroup by one that is outside of it (cgroups(7),
+    // nsdelegate): the child joins that one, once born inside. With a user namespace the move is already done.
+    let (late, early): (Vec<_>, Vec<_>) =
+        joined.into_iter().partition(|(kind, _)| !user_namespace && *kind == CloneFlags::CLONE_NEWCGROUP);
+    join(&early)?;
+    drop(early);
     fork(control, CloneFlags::empty(), (!user_namespace).then_some(&parts.cgroup), |_| Ok(()))?;
+    join(&late)?;
+    drop(late);
     if user_namespace {
         become_root()?;
     }

@@ -242,7 +242,8 @@ async fn open_output(stream: &'static str, target: Option<Target>) -> Result<Opt
             if !kind.is_fifo() {
                 return open_file(stream, &path).await.map(Some);
             }
-            await_reader(&path).await.map_err(failed)?;
+            // Held until our own is open: a reader that sees the last writer go takes that for the end.
+            let _writer = await_reader(&path).await.map_err(failed)?;
             // With a reader of our own the pipe outlives containerd's: it may restart, or turn its log over, and open the FIFO again.
             let fifo = pipe::OpenOptions::new().read_write(true).open_sender(&path).map_err(failed)?;
             Ok(Some(boxed(fifo)))
@@ -260,22 +261,22 @@ fn boxed(output: impl AsyncWrite + Send + Unpin + 'static) -> Output {
     Box::new(output)
 }
 
-/// Waits until someone has the FIFO open for reading, else what a quick process writes would be lost with our own reader.
-async fn await_reader(path: &Path) -> io::Result<()> {
-    let open_writer = |flags| OpenOptions::new().write(true).custom_flags(flags | libc::O_CLOEXEC).open(path);
-    match open_writer(libc::O_NONBLOCK) {
+/// Waits until someone has the FIFO open for reading, else what a quick process writes would be lost with our own reader. The file
+/// that comes back is a writer of it.
+async fn await_reader(path: &Path) -> io::Result<std::fs::File> {
+    match OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path) {
         // ENXIO: nobody reads yet (fifo(7)).
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {}
-        other => return other.map(drop),
+        other => return other,
     }
     let blocking_path = path.to_owned();
-    let opening = tokio::task::spawn_blocking(move || OpenOptions::new().write(true).open(blocking_path).map(drop));
+    let opening = tokio::task::spawn_blocking(move || OpenOptions::new().write(true).open(blocking_path));
     match tokio::time::timeout(READER_LIMIT, opening).await {
         Ok(done) => done.map_err(io::Error::other)?,
         Err(_) => {
             warn!("nobody reads {} after {READER_LIMIT:?}", path.display());
             // Opening both ends lets the waiting thread go.
-            OpenOptions::new().read(true).write(true).open(path).map(drop)
+            OpenOptions::new().read(true).write(true).open(path)
         }
     }
 }

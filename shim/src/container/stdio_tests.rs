@@ -87,6 +87,25 @@ async fn output_arrives_whole_and_ends() {
 }
 
 #[tokio::test]
+async fn a_reader_that_waits_already_sees_no_end_before_the_output() {
+    let fifos = Fifos::new("early");
+    let (dial, vmm) = Dial::new().unwrap();
+    let paths = Paths { stdout: fifos.path("out"), ..Paths::default() };
+    for _ in 0..50 {
+        // It blocks in open(2) or read(2) while the shim opens its end, as containerd's does.
+        let path = fifos.path("out");
+        let read = tokio::task::spawn_blocking(move || std::fs::read(path).unwrap());
+        let pending = Pending::open(&paths, &dial, "ns", "c").await.unwrap();
+        let mut guest = dial_from_guest(&vmm, pending.request(None).stdout_port);
+        let streams = pending.join().await.unwrap();
+        guest.write_all(b"all of it").await.unwrap();
+        drop(guest);
+        streams.drain("c").await;
+        assert_eq!(read.await.unwrap(), b"all of it");
+    }
+}
+
+#[tokio::test]
 async fn a_reader_that_comes_back_finds_what_was_written_meanwhile() {
     let fifos = Fifos::new("reattach");
     let (dial, vmm) = Dial::new().unwrap();
