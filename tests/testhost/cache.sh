@@ -13,7 +13,7 @@ cache_fill() {
     for tool in busybox:busybox-static cpio:cpio depmod:kmod python3:python3 setpriv:util-linux flock:util-linux; do
         command -v "${tool%%:*}" > /dev/null || missing+=("${tool##*:}")
     done
-    [ ${#missing[@]} = 0 ] || testhost_fail "missing packages, see tests/testhost/packages: ${missing[*]}"
+    [ ${#missing[@]} = 0 ] || testhost_fail "missing packages, see tests/packages: ${missing[*]}"
     mkdir -p "$cache"
     exec {lock}> "$cache/lock"
     flock "$lock"
