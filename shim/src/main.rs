@@ -16,6 +16,7 @@ mod remove;
 mod service;
 mod spec;
 mod storage;
+mod watch;
 
 use std::io::Write;
 use std::process::ExitCode;

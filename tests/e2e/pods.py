@@ -111,7 +111,7 @@ def test_logs_are_whole():
         _exited(box)
         end = time.monotonic() + 10
         while len(lines := box.log_file().read_text().splitlines()) < 3001:
-            assert time.monotonic() < end, f"{len(lines)} lines of 3001"
+            assert time.monotonic() < end, f"{len(lines)} lines of 3001, last {lines[-3:]}, {box.status()}"
             time.sleep(0.1)
         said = [line.split(" ", 3)[3] for line in lines if " stdout F " in line]
         assert said == [str(number) for number in range(1, 3001)]

@@ -30,9 +30,11 @@ def _processes():
 def write(folder, name, log, offset):
     """Writes the report and returns its path."""
     path = pathlib.Path(folder) / f"{name}.report.txt"
-    with open(log, "rb") as file:
-        file.seek(offset)
-        said = file.read().decode(errors="replace")
+    said = ""
+    if log:
+        with open(log, "rb") as file:
+            file.seek(offset)
+            said = file.read().decode(errors="replace")
     parts = ["# containerd and shims", said, "# processes", *_processes(),
              "# kernel", run("dmesg", check=False).stdout[-8000:]]
     path.write_text("\n".join(parts))

@@ -2,7 +2,7 @@
 
 A test is a function test_* of tests/SUITE/*.py, its docstring the sentence that is checked. It has a deadline (its attribute
 `deadline` in seconds, else 120) after which it fails with a report. A test that lacks something raises Skip, which is
-counted and printed. Tests are dealt to shards in turn."""
+counted and printed. Tests are dealt to shards in turn. What a suite's tests need around them is `environment` of tests/SUITE/__init__.py."""
 
 import argparse
 import importlib
@@ -14,8 +14,7 @@ import sys
 import time
 import traceback
 
-from . import crictl, leftovers, report
-from .containerd import Containerd, installed
+from . import leftovers, report
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 
@@ -47,26 +46,27 @@ def collect(suite, names):
     return [(n, t) for n, t in found if not names or any(name in n for name in names)]
 
 
-def run_one(name, test, containerd, logs):
-    """One test; returns its result as a dictionary."""
+def run_one(name, test, environment, logs):
+    """One test; returns its result as a dictionary. A test that takes an argument gets the suite's environment."""
     def late(_signal, _frame):
         raise Late(f"not done after {limit} s")
 
     limit = getattr(test, "deadline", 120)
     signal.signal(signal.SIGALRM, late)
     start = time.monotonic()
-    offset = containerd.log.stat().st_size if containerd.log.exists() else 0
+    log = getattr(environment, "log", None)
+    offset = log.stat().st_size if log else 0
     result = {"name": name, "result": "passed"}
     signal.alarm(limit)
     try:
-        test(containerd) if test.__code__.co_argcount else test()
+        test(environment) if test.__code__.co_argcount else test()
     except Skip as why:
         result.update(result="skipped", why=str(why))
     except BaseException as error:
         signal.alarm(0)
         if isinstance(error, KeyboardInterrupt):
             raise
-        result.update(result="failed", why=traceback.format_exc(), report=report.write(logs, name, containerd.log, offset))
+        result.update(result="failed", why=traceback.format_exc(), report=report.write(logs, name, log, offset))
     finally:
         signal.alarm(0)
     result["seconds"] = round(time.monotonic() - start, 1)
@@ -82,24 +82,15 @@ def main():
     parser.add_argument("--shard", default="0/1")
     parser.add_argument("names", nargs="*")
     options = parser.parse_intermixed_args()
-    missing = installed()
-    if missing:
-        sys.exit(f"tests: not installed here: {', '.join(missing)} (see tests/packages)")
     index, count = map(int, options.shard.split("/"))
     logs = pathlib.Path(options.results).parent
     tests = collect(options.suite, options.names)[index::count]
     os.environ["PATH"] = f"{options.binaries}:{os.environ['PATH']}"
-    containerd = Containerd(logs, options.binaries, options.images)
-    containerd.start()
-    containerd.load("pause", "busybox")
-    # What containerd and CNI make once and keep (the bridge, empty folders) is there before the first test looks.
-    with crictl.pod(handler="runc") as pod:
-        pod.start(["true"])
     results = []
-    try:
+    with importlib.import_module(options.suite).environment(logs, options.binaries, options.images) as environment:
         for name, test in tests:
             before = leftovers.snapshot()
-            result = run_one(name, test, containerd, logs)
+            result = run_one(name, test, environment, logs)
             if result["result"] == "passed" and not getattr(test, "leaves", False):
                 try:
                     leftovers.expect_none(before)
@@ -110,8 +101,6 @@ def main():
             if result["result"] != "passed":
                 print("    " + result["why"].rstrip().replace("\n", "\n    "), flush=True)
             pathlib.Path(options.results).write_text(json.dumps(results, indent=1))
-    finally:
-        containerd.stop()
     return int(any(r["result"] == "failed" for r in results))
 
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use husk_agent_api::agent::Stdio;
+use rustix::fs::inotify;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -19,6 +20,7 @@ use tracing::{debug, warn};
 use super::logger::Logger;
 use crate::peer::PeerError;
 use crate::peer::dial::{Dial, Expected};
+use crate::watch;
 
 /// Bytes copied at a time: what a pipe holds by default.
 const CHUNK: usize = 64 << 10;
@@ -79,7 +81,11 @@ pub(crate) enum StdioError {
 }
 
 /// One end of an output stream on the host.
-type Output = Box<dyn AsyncWrite + Send + Unpin>;
+struct Output {
+    writer: Box<dyn AsyncWrite + Send + Unpin>,
+    /// The FIFO behind it, if it is one.
+    fifo: Option<PathBuf>,
+}
 
 /// Where an output goes.
 #[derive(Debug, PartialEq, Eq)]
@@ -131,7 +137,7 @@ impl Pending {
             let started = Logger::start(uri, namespace, id).await?;
             let (out, err) = (started.stdout, started.stderr);
             logger = Some(started.logger);
-            (Some(boxed(out)), (!paths.terminal).then(|| boxed(err)))
+            (Some(Output::of(out)), (!paths.terminal).then(|| Output::of(err)))
         } else {
             (open_output("stdout", stdout).await?, open_output("stderr", stderr).await?)
         };
@@ -246,7 +252,7 @@ async fn open_output(stream: &'static str, target: Option<Target>) -> Result<Opt
             let _writer = await_reader(&path).await.map_err(failed)?;
             // With a reader of our own the pipe outlives containerd's: it may restart, or turn its log over, and open the FIFO again.
             let fifo = pipe::OpenOptions::new().read_write(true).open_sender(&path).map_err(failed)?;
-            Ok(Some(boxed(fifo)))
+            Ok(Some(Output { fifo: Some(path), ..Output::of(fifo) }))
         }
     }
 }
@@ -254,11 +260,13 @@ async fn open_output(stream: &'static str, target: Option<Target>) -> Result<Opt
 /// Opens a log file to append to.
 async fn open_file(stream: &'static str, path: &Path) -> Result<Output, StdioError> {
     let file = tokio::fs::OpenOptions::new().append(true).create(true).open(path).await;
-    file.map(boxed).map_err(|source| StdioError::Open { stream, path: path.to_owned(), source })
+    file.map(Output::of).map_err(|source| StdioError::Open { stream, path: path.to_owned(), source })
 }
 
-fn boxed(output: impl AsyncWrite + Send + Unpin + 'static) -> Output {
-    Box::new(output)
+impl Output {
+    fn of(writer: impl AsyncWrite + Send + Unpin + 'static) -> Self {
+        Self { writer: Box::new(writer), fifo: None }
+    }
 }
 
 /// Waits until someone has the FIFO open for reading, else what a quick process writes would be lost with our own reader. The file
@@ -283,12 +291,35 @@ async fn await_reader(path: &Path) -> io::Result<std::fs::File> {
 
 /// Guest to containerd, to the end.
 async fn copy_output(stream: &'static str, guest: UnixStream, mut output: Output) {
-    if let Err(error) = copy(guest, &mut output).await {
+    if let Err(error) = copy(guest, &mut output.writer).await {
         debug!("the copying of {stream} ended: {error}");
     }
-    if let Err(error) = output.flush().await {
+    if let Err(error) = output.writer.flush().await {
         warn!("cannot write the end of {stream}: {error}");
     }
+    if let Some(fifo) = &output.fifo
+        && let Err(error) = taken(fifo).await
+    {
+        debug!("cannot tell whether the end of {stream} was read: {error}");
+    }
+}
+
+/// Waits until all that is in a FIFO was read. containerd closes its end as soon as a process is deleted, whatever is still in there
+/// (seen with 1.6), so the deletion waits for this. Each read is an event of inotify(7).
+async fn taken(fifo: &Path) -> io::Result<()> {
+    let pipe = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(fifo)?;
+    if rustix::io::ioctl_fionread(&pipe)? == 0 {
+        return Ok(());
+    }
+    let reads = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
+    let reads = watch::readable(reads)?;
+    inotify::add_watch(&reads, fifo, inotify::WatchFlags::ACCESS)?;
+    while rustix::io::ioctl_fionread(&pipe)? > 0 {
+        let mut ready = reads.readable().await?;
+        // What was read is told by the pipe; the events only wake.
+        let _ = ready.try_io(|reads| Ok(rustix::io::read(reads, &mut [0u8; 1024])?));
+    }
+    Ok(())
 }
 
 /// containerd to guest, to the end, which is passed on.

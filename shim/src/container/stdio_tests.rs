@@ -190,3 +190,23 @@ fn targets_are_read_as_containerd_writes_them() {
     assert_eq!(Target::parse("binary:///a?b=c").unwrap(), Some(Target::Binary("/a?b=c".to_owned())));
     assert!(matches!(Target::parse("http://x"), Err(StdioError::Scheme(_))));
 }
+
+#[tokio::test]
+async fn the_end_waits_until_the_reader_has_it() {
+    let fifos = Fifos::new("taken");
+    let path = fifos.0.join("out");
+    let mut reader = fifos.reader("out");
+    let mut writer = OpenOptions::new().write(true).open(&path).unwrap();
+    taken(&path).await.unwrap();
+    writer.write_all(&[7; 10_000]).unwrap();
+    let waiting = tokio::spawn({
+        let path = path.clone();
+        async move { taken(&path).await }
+    });
+    let mut part = [0; 5_000];
+    reader.read_exact(&mut part).unwrap();
+    tokio::time::timeout(Duration::from_millis(50), taken(&path)).await.unwrap_err();
+    assert!(!waiting.is_finished());
+    reader.read_exact(&mut part).unwrap();
+    tokio::time::timeout(Duration::from_secs(10), waiting).await.unwrap().unwrap().unwrap();
+}

@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
 use super::PeerError;
+use crate::watch;
 
 /// Most connections awaited at a time.
 const MAX_EXPECTED: usize = 3072;
@@ -57,9 +58,7 @@ impl Dial {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(|errno| failed(errno.into()))?;
-        // SAFETY: an OwnedFd's descriptor is open and the same as long as it lives, and nothing takes it out of the AsyncFd.
-        let ours = unsafe { AsyncFd::register_with_interest(ours, Interest::READABLE) }
-            .map_err(|error| failed(error.into()))?;
+        let ours = watch::readable(ours).map_err(failed)?;
         let table = Table { waiting: HashMap::new(), next: husk_agent_api::FIRST_STREAM_PORT };
         let ports = Ports(Arc::new(Mutex::new(table)));
         let reader = tokio::spawn(read(ours, ports.clone()));

@@ -1,7 +1,7 @@
 //! husk-vmm: its start, and the control connection whose end is also the VM's.
 
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_shim_protos::ttrpc::r#async::Client;
@@ -59,6 +59,8 @@ pub(crate) struct Vmm {
     /// The guest's last words.
     pub(crate) console: Tail,
     client: VmmClient,
+    /// What it booted, to name where it fails.
+    kernel: PathBuf,
 }
 
 impl Vmm {
@@ -100,7 +102,7 @@ impl Vmm {
         let helper = Helper::start("husk-vmm", &start.programs.vmm, &config, inherited)?;
         let console = Tail::read(console.into(), "console", false).map_err(socket)?;
         let client = VmmClient::new(Client::new(Socket::new(control)));
-        Ok(Self { helper, console, client })
+        Ok(Self { helper, console, client, kernel: start.programs.kernel.clone() })
     }
 
     /// The VMM's own start, phase by phase, for the log.
@@ -125,6 +127,6 @@ impl Vmm {
         };
         let log = self.helper.log.last(LAST_WORDS).await;
         let console = self.console.last(LAST_WORDS).await;
-        format!("{reason} ({status}); VMM: {log}; console: {console}")
+        format!("{reason} ({status}); kernel: {}; VMM: {log}; console: {console}", self.kernel.display())
     }
 }

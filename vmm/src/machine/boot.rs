@@ -10,7 +10,7 @@ use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion};
 
-use super::layout;
+use super::{layout, memory};
 
 /// XEN_HVM_START_MAGIC_VALUE.
 const START_MAGIC: u32 = 0x336E_C578;
@@ -71,6 +71,14 @@ pub(crate) struct Images<'a> {
 
 /// Loads all that the guest finds in its memory; returns the kernel's entry point.
 pub(crate) fn load(memory: &GuestMemory, images: Images<'_>) -> Result<u64, BootError> {
+    let which = std::env::var("HUSK_X").unwrap_or_default();
+    let size = |f: &File| f.metadata().map(|m| m.len()).unwrap_or(0);
+    let total: u64 = memory.iter().map(|r| r.len()).sum();
+    let last = memory.last_addr().raw_value() + 1;
+    if which.contains('k') { memory::make_huge(memory, (16 << 20)..((16 << 20) + size(images.kernel)).next_multiple_of(2<<20)); }
+    if which.contains('b') { memory::make_huge(memory, 0..(16 << 20)); }
+    if which.contains('a') { memory::make_huge(memory, (34 << 20)..(42<<20)); }
+    if which.contains('t') { memory::make_huge(memory, (last - total / 64 - total / 512 - size(images.initramfs) - (2<<20)) / (2<<20) * (2<<20)..last); }
     let high = Some(GuestAddress(layout::HIGH_MEMORY));
     let kernel = Elf::load(memory, None, images.kernel, high).map_err(BootError::Kernel)?;
     let PvhBootCapability::PvhEntryPresent(entry) = kernel.pvh_boot_cap else { return Err(BootError::NoPvh) };

@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::Arc;
 
 use husk_virtio::device::GuestMemory;
@@ -9,8 +11,12 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use vm_memory::mmap::FromRangesError;
-use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
+    MemoryRegionAddress,
+};
 
 use super::layout;
 
@@ -27,8 +33,17 @@ pub(crate) enum MemoryError {
         source: io::Error,
     },
     /// The mapping.
-    #[error("Could not map guest memory")]
-    Map(#[source] FromRangesError),
+    #[error("Could not map guest memory at {address:#x}")]
+    Map {
+        /// Guest-physical start.
+        address: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// All regions together.
+    #[error("Could not make guest memory of its regions")]
+    Regions(#[source] GuestRegionCollectionError),
     /// The KVM slot.
     #[error("Could not give KVM the memory at {address:#x}")]
     Slot {
@@ -40,14 +55,40 @@ pub(crate) enum MemoryError {
     },
 }
 
+/// Length of a huge page in bytes.
+const HUGE_PAGE: u64 = 2 << 20;
+
 /// Makes `len` bytes of guest memory; nothing of it is there before it is touched.
 pub(crate) fn create(len: u64) -> Result<Arc<GuestMemory>, MemoryError> {
-    let mut ranges = Vec::new();
-    for (start, len) in layout::ram(len) {
+    let regions = layout::ram(len).into_iter().map(|(address, len)| {
         let file = memory_file(len).map_err(|source| MemoryError::File { len, source })?;
-        ranges.push((GuestAddress(start), len as usize, Some(FileOffset::new(file, 0))));
-    }
-    GuestMemory::from_ranges_with_files(ranges).map(Arc::new).map_err(MemoryError::Map)
+        map(file, address, len).map_err(|source| MemoryError::Map { address, source })
+    });
+    let regions = regions.collect::<Result<_, MemoryError>>()?;
+    GuestMemory::from_regions(regions).map(Arc::new).map_err(MemoryError::Regions)
+}
+
+/// Maps a region for as long as the process lives, at a multiple of the huge page, so that KVM can map huge pages of it to the guest.
+fn map(file: File, address: u64, len: u64) -> io::Result<GuestRegionMmap> {
+    let impossible = || io::Error::from(io::ErrorKind::InvalidInput);
+    let size = NonZeroUsize::new(len as usize).ok_or_else(impossible)?;
+    let room = size.saturating_add(HUGE_PAGE as usize);
+    let (protection, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE);
+    // SAFETY: the kernel chooses a range that is free.
+    let reserved = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE) }?;
+    let aligned = (reserved.addr().get() as u64).next_multiple_of(HUGE_PAGE) as usize;
+    let aligned = NonZeroUsize::new(aligned).ok_or_else(impossible)?;
+    // SAFETY: `aligned` and `size` bytes from it are within the range just reserved, which nobody else knows.
+    let mapped = unsafe { mmap(Some(aligned), size, protection, flags | MapFlags::MAP_FIXED, &file, 0) }?;
+    // SAFETY: the mapping is of this size and is never unmapped.
+    let builder = unsafe { MmapRegionBuilder::new(size.get()).with_raw_mmap_pointer(mapped.as_ptr().cast()) };
+    let region = builder
+        .with_mmap_prot(protection.bits())
+        .with_mmap_flags(flags.bits())
+        .with_file_offset(FileOffset::new(file, 0))
+        .build()
+        .map_err(io::Error::other)?;
+    GuestRegionMmap::new(region, GuestAddress(address)).ok_or_else(impossible)
 }
 
 /// Sealed, so that whoever else maps the file can't shrink it and have this process killed by SIGBUS.
@@ -57,6 +98,23 @@ fn memory_file(len: u64) -> io::Result<File> {
     let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
     Ok(file)
+}
+
+/// Makes huge pages, zeroed, of the whole ones in this part of guest memory, which the guest is going to touch anyhow. Each then
+/// costs the guest one nested page fault in place of 512, and the loader of the kernel one in place of as many.
+///
+/// MADV_COLLAPSE (Linux 6.1, madvise(2)) does so whatever /sys/kernel/mm/transparent_hugepage says of shared memory. Where the host
+/// can't, or has no free huge page, the memory stays as it is: that is slower and nothing else.
+pub(crate) fn make_huge(memory: &GuestMemory, part: Range<u64>) {
+    let start = part.start.next_multiple_of(HUGE_PAGE);
+    let len = (part.end / HUGE_PAGE * HUGE_PAGE).saturating_sub(start) as usize;
+    let Ok(slice) = memory.get_slice(GuestAddress(start), len) else { return };
+    let host = slice.ptr_guard_mut();
+    // SAFETY: the range is within guest memory's own mapping, which `memory` keeps; what it holds stays the same.
+    let outcome = unsafe { libc::madvise(host.as_ptr().cast(), len, libc::MADV_COLLAPSE) };
+    if outcome != 0 {
+        tracing::debug!("No huge pages for guest memory from {start:#x}: {}", io::Error::last_os_error());
+    }
 }
 
 /// Shows the memory to the guest.
