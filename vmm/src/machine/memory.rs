@@ -14,7 +14,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
+    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
     MemoryRegionAddress,
 };
 
@@ -109,6 +109,10 @@ pub(crate) fn make_huge(memory: &GuestMemory, part: Range<u64>) {
     let start = part.start.next_multiple_of(HUGE_PAGE);
     let len = (part.end / HUGE_PAGE * HUGE_PAGE).saturating_sub(start) as usize;
     let Ok(slice) = memory.get_slice(GuestAddress(start), len) else { return };
+    // The kernel refuses where nothing is mapped yet.
+    for address in (start..start + len as u64).step_by(HUGE_PAGE as usize) {
+        let _ = memory.read_obj::<u8>(GuestAddress(address));
+    }
     let host = slice.ptr_guard_mut();
     // SAFETY: the range is within guest memory's own mapping, which `memory` keeps; what it holds stays the same.
     let outcome = unsafe { libc::madvise(host.as_ptr().cast(), len, libc::MADV_COLLAPSE) };
