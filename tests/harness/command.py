@@ -1,4 +1,5 @@
-"""Runs programs for the tests: every run has a deadline, and a failure shows what was run and all that it said."""
+"""Runs programs for the tests: the test's own deadline ends them (a backstop where none runs), and a failure shows what was run and all
+that it said."""
 
 import subprocess
 
@@ -7,7 +8,7 @@ class Failed(AssertionError):
     """A program that should have succeeded did not."""
 
 
-def run(*command, timeout=60, check=True, stdin=None, text=True, env=None):
+def run(*command, timeout=600, check=True, stdin=None, text=True, env=None):
     """Runs a command to its end; its result has returncode, stdout and stderr."""
     words = [str(word) for word in command]
     try:

@@ -1,8 +1,11 @@
 """What is kept of a failed test: the daemons' log of its time, the processes and where each of their threads waits, the kernel's log."""
 
+import os
 import pathlib
 
 from .command import run
+
+NESTED = pathlib.Path(__file__).resolve().parent.parent / "testhost/nested-report"
 
 PROGRAMS = ("husk-vmm", "husk-fs", "containerd-shim-husk-v2", "crictl", "containerd")
 
@@ -25,6 +28,14 @@ def _processes():
         if any(name in command.split(" ")[0] for name in PROGRAMS):
             yield f"{process.name} {command}"
             yield from _threads(process)
+
+
+def emulator(name):
+    """What the emulator's state says of a hang while it lasts: the verdict lines of tests/testhost, none where there is no emulator."""
+    if not os.environ.get("TESTHOST"):
+        return ""
+    done = run(NESTED, name, check=False)
+    return done.stdout or done.stderr
 
 
 def write(folder, name, log, offset):

@@ -49,7 +49,8 @@ def collect(suite, names):
 def run_one(name, test, environment, logs):
     """One test; returns its result as a dictionary. A test that takes an argument gets the suite's environment."""
     def late(_signal, _frame):
-        raise Late(f"not done after {limit} s")
+        # Before anything is tidied up, since only now the hang can be looked at.
+        raise Late(f"not done after {limit} s\n{report.emulator(name)}")
 
     limit = getattr(test, "deadline", 120)
     signal.signal(signal.SIGALRM, late)
@@ -67,6 +68,8 @@ def run_one(name, test, environment, logs):
         if isinstance(error, KeyboardInterrupt):
             raise
         result.update(result="failed", why=traceback.format_exc(), report=report.write(logs, name, log, offset))
+        if isinstance(error, Late) and "mark 1 seen" in str(error):
+            result["emulator"] = True
     finally:
         signal.alarm(0)
     result["seconds"] = round(time.monotonic() - start, 1)
@@ -91,6 +94,10 @@ def main():
         for name, test in tests:
             before = leftovers.snapshot()
             result = run_one(name, test, environment, logs)
+            if result.get("emulator"):
+                # The emulator's known defect, shown by its mark: told, counted, and the test has its one other run.
+                print(f"emulator {name}: {result['why']}", flush=True)
+                result = {**run_one(name, test, environment, logs), "emulator": True}
             if result["result"] == "passed" and not getattr(test, "leaves", False):
                 try:
                     leftovers.expect_none(before)
