@@ -28,6 +28,9 @@ pub(crate) enum BootError {
     /// The command line lacks the nonce or it is no 32 hexadecimal digits.
     #[error("The kernel command line has no {NONCE_KEY}= of 32 hexadecimal digits")]
     Nonce,
+    /// The initramfs as root.
+    #[error("Could not leave the initial root")]
+    Root(#[source] husk_cell::CellError),
     /// Nobody answered.
     #[error("Could not reach the shim at vsock port {RPC_PORT}")]
     Dial(#[source] io::Error),
@@ -45,7 +48,7 @@ const OPEN_FILES: u64 = 1 << 20;
 
 /// Sets the machine up and connects to the shim.
 pub(crate) async fn boot(dialler: &Dialler) -> Result<Connection, BootError> {
-    leave_initial_rootfs()?;
+    husk_cell::prepare_root().map_err(BootError::Root)?;
     mount_at("proc", "/proc", "proc", SAFE, None)?;
     let command_line = read("/proc/cmdline")?;
     crate::log::start(&command_line);
@@ -54,16 +57,6 @@ pub(crate) async fn boot(dialler: &Dialler) -> Result<Connection, BootError> {
     // The first poll of `dialled` sends the connection request; the mounts are made while it travels.
     let (connection, ()) = tokio::try_join!(dialled, async { mounts() })?;
     Ok(connection)
-}
-
-/// Puts a mount of the initramfs above the initial rootfs and makes it the root: pivot_root(2), which the makers of containers
-/// use, refuses to work where the root is the initial rootfs itself.
-fn leave_initial_rootfs() -> Result<(), BootError> {
-    mount(Some("/"), "/tmp", None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(step("bind / to", "/tmp"))?;
-    nix::unistd::chdir("/tmp").map_err(step("enter", "/tmp"))?;
-    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(step("move /tmp to", "/"))?;
-    nix::unistd::chroot(".").map_err(step("change the root to", "/tmp"))?;
-    nix::unistd::chdir("/").map_err(step("enter", "/"))
 }
 
 const SAFE: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);

@@ -1,5 +1,5 @@
 //! husk-agent: process 1 of the guest. It mounts what it needs, dials the shim, and serves the agent's API until the connection
-//! ends; then the machine is powered off. The same program is the maker of containers (`cell`) and a pid namespace's init (`pause`).
+//! ends; then the machine is powered off. The same program is the maker of containers (`cell`).
 
 mod boot;
 mod cell;
@@ -38,7 +38,6 @@ fn main() -> ExitCode {
             }
             husk_cell::child::main()
         }
-        ["pause", ..] => husk_cell::child::pause(),
         ["serve", directory] => serve(directory),
         _ if std::process::id() == 1 => init(),
         _ => {

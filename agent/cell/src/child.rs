@@ -388,8 +388,3 @@ fn make_pause(control: &Channel) -> Result<Infallible, Ended> {
     // The socket stays open, unused: closing it means owning it, and the agent has closed its end.
     pause::reap_for_ever()
 }
-
-/// The loop of a pause process, for a program that wants to be one by itself; [`crate::ensure_pod_pid_namespace`] needs no such entry.
-pub fn pause() -> ! {
-    pause::reap_for_ever()
-}

@@ -326,9 +326,9 @@ async fn while_alive<T>(
 fn command_line(config: &Config, nonce: &[u8; 16]) -> String {
     let console = if config.serial { "earlyprintk=ttyS0 console=ttyS0 console=hvc0" } else { "console=hvc0 quiet" };
     let nonce = random::hex(nonce);
-    // No bounce buffers (swiotlb), no search for PCI buses beyond the only one, and no RCU grace period of whole ticks where a process enters a
+    // No bounce buffers (swiotlb), no search for PCI buses beyond the only one nor for chip sets with early mends, and no RCU grace period of whole ticks where a process enters a
     // cgroup: each would cost milliseconds of every start.
-    let quick = "swiotlb=noforce pci=lastbus=0 rcupdate.rcu_expedited=1";
+    let quick = "swiotlb=noforce pci=lastbus=0,noearly rcupdate.rcu_expedited=1";
     let fixed = "panic=-1 reboot=t init=/init tsc=reliable no_timer_check random.trust_cpu=on";
     let line = format!("{console} {fixed} {quick} {NONCE_KEY}={nonce} {}", config.kernel_parameters.trim());
     line.trim_end().to_owned()

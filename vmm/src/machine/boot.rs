@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
 use husk_virtio::device::GuestMemory;
 use linux_loader::loader::KernelLoader;
@@ -28,6 +29,9 @@ pub(crate) enum BootError {
     /// Not a PVH kernel.
     #[error("The kernel has no PVH entry point (CONFIG_PVH)")]
     NoPvh,
+    /// The kernel's length.
+    #[error("Could not tell the kernel's length")]
+    KernelLen(#[source] io::Error),
     /// The initramfs' length.
     #[error("Could not tell the initramfs' length")]
     InitramfsLen(#[source] io::Error),
@@ -71,18 +75,15 @@ pub(crate) struct Images<'a> {
 
 /// Loads all that the guest finds in its memory; returns the kernel's entry point.
 pub(crate) fn load(memory: &GuestMemory, images: Images<'_>) -> Result<u64, BootError> {
-    let which = std::env::var("HUSK_X").unwrap_or_default();
-    let size = |f: &File| f.metadata().map(|m| m.len()).unwrap_or(0);
-    let total: u64 = memory.iter().map(|r| r.len()).sum();
-    let last = memory.last_addr().raw_value() + 1;
-    if which.contains('k') { memory::make_huge(memory, (16 << 20)..((16 << 20) + size(images.kernel)).next_multiple_of(2<<20)); }
-    if which.contains('b') { memory::make_huge(memory, 0..(16 << 20)); }
-    if which.contains('a') { memory::make_huge(memory, (34 << 20)..(42<<20)); }
-    if which.contains('t') { memory::make_huge(memory, (last - total / 64 - total / 512 - size(images.initramfs) - (2<<20)) / (2<<20) * (2<<20)..last); }
+    let kernel_len = images.kernel.metadata().map_err(BootError::KernelLen)?.len();
+    let initramfs_len = images.initramfs.metadata().map_err(BootError::InitramfsLen)?.len();
+    for part in touched_at_boot(memory, kernel_len, initramfs_len) {
+        memory::make_huge(memory, part);
+    }
     let high = Some(GuestAddress(layout::HIGH_MEMORY));
     let kernel = Elf::load(memory, None, images.kernel, high).map_err(BootError::Kernel)?;
     let PvhBootCapability::PvhEntryPresent(entry) = kernel.pvh_boot_cap else { return Err(BootError::NoPvh) };
-    let initramfs = load_initramfs(memory, images.initramfs, kernel.kernel_end)?;
+    let initramfs = load_initramfs(memory, images.initramfs, initramfs_len, kernel.kernel_end)?;
 
     if images.cmdline.len() >= layout::CMDLINE_MAX {
         return Err(BootError::Cmdline(images.cmdline.len()));
@@ -113,13 +114,37 @@ pub(crate) fn load(memory: &GuestMemory, images: Images<'_>) -> Result<u64, Boot
     Ok(entry.raw_value())
 }
 
+/// The parts of memory that every boot fills, as counted by 2 MiB in the test host: the kernel and the free memory below it, of which it
+/// takes its first pages; at the top, downwards, the initramfs, the page descriptors (64 bytes a page), the hash tables of files and
+/// sockets (about as much as 1/512 of memory), and the processors' own data.
+fn touched_at_boot(memory: &GuestMemory, kernel_len: u64, initramfs_len: u64) -> Vec<Range<u64>> {
+    const LOWEST: u64 = 8 * layout::MIB;
+    const PER_CPU: u64 = 2 * layout::MIB;
+    let total: u64 = memory.iter().map(|region| region.len()).sum();
+    let top = total / 64 + total / 512 + PER_CPU;
+    let kernel = LOWEST..(layout::KERNEL + kernel_len).next_multiple_of(memory::HUGE_PAGE);
+    // The initramfs is in the lowest region, below 4 GiB, the rest in the highest.
+    let ends = (1..).zip(memory.iter()).map(|(number, region)| {
+        let initramfs = if number == 1 { initramfs_len } else { 0 };
+        let rest = if number == memory.num_regions() { top } else { 0 };
+        let start = region.start_addr().raw_value();
+        let end = start + region.len();
+        end.saturating_sub(initramfs + rest).max(start)..end
+    });
+    std::iter::once(kernel).chain(ends).collect()
+}
+
 fn write(memory: &GuestMemory, what: &'static str, address: u64, bytes: &[u8]) -> Result<(), BootError> {
     memory.write_slice(bytes, GuestAddress(address)).map_err(|source| BootError::Write { what, source })
 }
 
 /// As high as possible below 4 GiB, out of the way of the kernel's own early allocations.
-fn load_initramfs(memory: &GuestMemory, file: &mut File, kernel_end: u64) -> Result<hvm_modlist_entry, BootError> {
-    let size = file.metadata().map_err(BootError::InitramfsLen)?.len();
+fn load_initramfs(
+    memory: &GuestMemory,
+    file: &mut File,
+    size: u64,
+    kernel_end: u64,
+) -> Result<hvm_modlist_entry, BootError> {
     let low = memory.iter().next().map_or(0, |region| region.len());
     let address = low.checked_sub(size).map(|address| address / PAGE * PAGE).filter(|address| *address >= kernel_end);
     let Some(paddr) = address else {
@@ -176,11 +201,19 @@ mod tests {
     }
 
     #[test]
+    fn what_a_boot_fills_is_within_memory() {
+        let whole = |mib: u64| touched_at_boot(&memory::create(mib * layout::MIB).unwrap(), 18 << 20, 5 << 20);
+        assert_eq!(whole(2048), [8 << 20..34 << 20, (2048 - 43) << 20..2048 << 20]);
+        let high = layout::HIGH_RAM;
+        assert_eq!(whole(3072 + 32)[1..], [3067 << 20..3072 << 20, high..high + (32 << 20)]);
+    }
+
+    #[test]
     fn the_initramfs_goes_to_the_top_and_never_over_the_kernel() {
         let memory = memory::create(4 * layout::MIB).unwrap();
-        let module = load_initramfs(&memory, &mut file(&[7; 5000]), layout::HIGH_MEMORY).unwrap();
+        let module = load_initramfs(&memory, &mut file(&[7; 5000]), 5000, layout::HIGH_MEMORY).unwrap();
         assert_eq!((module.paddr, module.size), (4 * layout::MIB - 8192, 5000));
-        let refused = load_initramfs(&memory, &mut file(&[7; 5000]), 4 * layout::MIB - 4096);
+        let refused = load_initramfs(&memory, &mut file(&[7; 5000]), 5000, 4 * layout::MIB - 4096);
         assert!(matches!(refused, Err(BootError::InitramfsTooLarge { .. })));
     }
 

@@ -183,7 +183,7 @@ impl Parts {
         devices::attach(config, backends, &interrupts, memory, events, &mut pci)?;
         let pci = Arc::new(pci);
         let mut pio = PioBus::default();
-        if !std::env::var("HUSK_X").unwrap_or_default().contains('n') { pio.insert(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORTS, ConfigPorts::new(pci.clone())); }
+        pio.insert(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORTS, ConfigPorts::new(pci.clone()));
         pio.insert(layout::PVPANIC_PORT, 1, PvPanic);
         pio.insert(layout::POWER_PORT, power::PORTS, Power);
         if let Some(output) = serial_output {

@@ -22,6 +22,8 @@ pub(crate) const ACPI_TABLES: u64 = 0xE_0000;
 pub(crate) const ACPI_TABLES_LEN: u64 = 0x2_0000;
 /// Extended memory begins.
 pub(crate) const HIGH_MEMORY: u64 = MIB;
+/// Where husk's kernel is linked to run (Linux, CONFIG_PHYSICAL_START); another may be elsewhere.
+pub(crate) const KERNEL: u64 = 16 * MIB;
 
 /// End of RAM below 4 GiB: 3 GiB.
 pub(crate) const LOW_RAM_END: u64 = 0xC000_0000;

@@ -14,8 +14,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
-    MemoryRegionAddress,
+    Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError,
+    GuestRegionMmap, MemoryRegionAddress,
 };
 
 use super::layout;
@@ -56,7 +56,7 @@ pub(crate) enum MemoryError {
 }
 
 /// Length of a huge page in bytes.
-const HUGE_PAGE: u64 = 2 << 20;
+pub(crate) const HUGE_PAGE: u64 = 2 << 20;
 
 /// Makes `len` bytes of guest memory; nothing of it is there before it is touched.
 pub(crate) fn create(len: u64) -> Result<Arc<GuestMemory>, MemoryError> {
@@ -73,9 +73,11 @@ fn map(file: File, address: u64, len: u64) -> io::Result<GuestRegionMmap> {
     let impossible = || io::Error::from(io::ErrorKind::InvalidInput);
     let size = NonZeroUsize::new(len as usize).ok_or_else(impossible)?;
     let room = size.saturating_add(HUGE_PAGE as usize);
-    let (protection, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE);
+    let (protection, flags) =
+        (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE);
     // SAFETY: the kernel chooses a range that is free.
-    let reserved = unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE) }?;
+    let reserved =
+        unsafe { mmap_anonymous(None, room, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE) }?;
     let aligned = (reserved.addr().get() as u64).next_multiple_of(HUGE_PAGE) as usize;
     let aligned = NonZeroUsize::new(aligned).ok_or_else(impossible)?;
     // SAFETY: `aligned` and `size` bytes from it are within the range just reserved, which nobody else knows.
@@ -100,13 +102,13 @@ fn memory_file(len: u64) -> io::Result<File> {
     Ok(file)
 }
 
-/// Makes huge pages, zeroed, of the whole ones in this part of guest memory, which the guest is going to touch anyhow. Each then
-/// costs the guest one nested page fault in place of 512, and the loader of the kernel one in place of as many.
+/// Puts huge pages, zeroed, under this part of guest memory, which still is empty and which the guest is going to fill anyhow. Each
+/// then costs the guest one nested page fault in place of 512. A beginning within a huge page counts as its start, an end too.
 ///
 /// MADV_COLLAPSE (Linux 6.1, madvise(2)) does so whatever /sys/kernel/mm/transparent_hugepage says of shared memory. Where the host
 /// can't, or has no free huge page, the memory stays as it is: that is slower and nothing else.
 pub(crate) fn make_huge(memory: &GuestMemory, part: Range<u64>) {
-    let start = part.start.next_multiple_of(HUGE_PAGE);
+    let start = part.start / HUGE_PAGE * HUGE_PAGE;
     let len = (part.end / HUGE_PAGE * HUGE_PAGE).saturating_sub(start) as usize;
     let Ok(slice) = memory.get_slice(GuestAddress(start), len) else { return };
     // The kernel refuses where nothing is mapped yet.
