@@ -2,7 +2,7 @@
 //! containerd is held back until it is, since containerd expects TaskStart before TaskExit.
 
 use std::sync::PoisonError;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::{Mutex, watch};
@@ -166,6 +166,18 @@ impl Process {
             State::Starting(Some(_)) | State::Exited(_) => false,
         });
         is_told_now
+    }
+
+    /// Waits, after the process has ended, until its start is told and its output is with containerd, but not longer than `limit` for
+    /// either: what it has left running may hold its output open.
+    pub(crate) async fn settle(&self, limit: Duration) {
+        let mut state = self.state.subscribe();
+        let started = state.wait_for(|state| !matches!(state, State::Starting(_)));
+        let _ = tokio::time::timeout(limit, started).await;
+        let delivered = self.streams.lock().await.as_ref().map(Streams::delivered);
+        if let Some(delivered) = delivered {
+            let _ = tokio::time::timeout(limit, delivered.wait()).await;
+        }
     }
 
     /// Waits for the end; any number may wait.

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use husk_agent_api::agent::Stdio;
@@ -14,13 +15,13 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{debug, warn};
 
 use super::logger::Logger;
 use crate::peer::PeerError;
 use crate::peer::dial::{Dial, Expected};
-use crate::watch;
 
 /// Bytes copied at a time: what a pipe holds by default.
 const CHUNK: usize = 64 << 10;
@@ -165,10 +166,16 @@ impl Pending {
     /// Joins both ends, after the agent has made its connections.
     pub(crate) async fn join(self) -> Result<Streams, StdioError> {
         let mut outputs = JoinSet::new();
+        let (copying, delivered) = watch::channel(());
+        let copying = Arc::new(copying);
         for (stream, pending) in [("stdout", self.stdout), ("stderr", self.stderr)] {
             if let Some((expected, output)) = pending {
                 let guest = expected.stream(stream, CONNECT_LIMIT).await?;
-                outputs.spawn(copy_output(stream, guest, output));
+                let copying = Arc::clone(&copying);
+                outputs.spawn(async move {
+                    copy_output(stream, guest, output).await;
+                    drop(copying);
+                });
             }
         }
         let stdin = match self.stdin {
@@ -178,7 +185,7 @@ impl Pending {
             }
             None => None,
         };
-        Ok(Streams { outputs, stdin, logger: self.logger })
+        Ok(Streams { outputs, delivered, stdin, logger: self.logger })
     }
 }
 
@@ -186,6 +193,8 @@ impl Pending {
 #[derive(Debug)]
 pub(crate) struct Streams {
     outputs: JoinSet<()>,
+    /// Its senders are gone when all output is with containerd.
+    delivered: watch::Receiver<()>,
     stdin: Option<Input>,
     logger: Option<Logger>,
 }
@@ -206,6 +215,11 @@ impl Streams {
         }
     }
 
+    /// What to wait for until all output is with containerd.
+    pub(super) fn delivered(&self) -> Delivered {
+        Delivered(self.delivered.clone())
+    }
+
     /// Waits until all output is with containerd, then closes everything.
     pub(crate) async fn drain(mut self, id: &str) {
         let drained = async { while self.outputs.join_next().await.is_some() {} };
@@ -216,6 +230,16 @@ impl Streams {
         if let Some(logger) = self.logger.take() {
             logger.finish();
         }
+    }
+}
+
+/// The end of a process's output.
+pub(super) struct Delivered(watch::Receiver<()>);
+
+impl Delivered {
+    /// Waits for it.
+    pub(super) async fn wait(mut self) {
+        while self.0.changed().await.is_ok() {}
     }
 }
 
@@ -304,15 +328,15 @@ async fn copy_output(stream: &'static str, guest: UnixStream, mut output: Output
     }
 }
 
-/// Waits until all that is in a FIFO was read. containerd closes its end as soon as a process is deleted, whatever is still in there
-/// (seen with 1.6), so the deletion waits for this. Each read is an event of inotify(7).
+/// Waits until all that is in a FIFO was read. containerd closes its end soon after it knows of the process's end, whatever is still in
+/// there (seen with 1.6), so the end is told after this. Each read is an event of inotify(7).
 async fn taken(fifo: &Path) -> io::Result<()> {
     let pipe = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(fifo)?;
     if rustix::io::ioctl_fionread(&pipe)? == 0 {
         return Ok(());
     }
     let reads = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
-    let reads = watch::readable(reads)?;
+    let reads = crate::watch::readable(reads)?;
     inotify::add_watch(&reads, fifo, inotify::WatchFlags::ACCESS)?;
     while rustix::io::ioctl_fionread(&pipe)? > 0 {
         let mut ready = reads.readable().await?;

@@ -19,6 +19,9 @@ use crate::peer::agent::Events;
 /// Longest wait for the agent's own shutdown, and again for the VMM's end after it; containerd gives Shutdown 3 s in all.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
 
+/// Longest wait for a process's last output before its end is told.
+const OUTPUT_LIMIT: Duration = Duration::from_secs(2);
+
 /// Longest wait for events that the agent sent before the end.
 const LAST_EVENTS_LIMIT: Duration = Duration::from_secs(1);
 
@@ -49,7 +52,7 @@ impl Pod {
     }
 
     /// Passes events on to the machine's end: why it ended, and whether only the agent's connection has.
-    async fn pass_on_all(&self, held: &Held, events: &mut Events) -> (String, bool) {
+    async fn pass_on_all(self: &Arc<Self>, held: &Held, events: &mut Events) -> (String, bool) {
         let vmm_ended = async {
             match &held.vmm {
                 Some(vmm) => vmm.ended().await,
@@ -96,7 +99,7 @@ impl Pod {
     }
 
     /// One event of the agent's. It is the guest's word: what it names must be there, and each end is told once.
-    async fn pass_on(&self, event: Event) {
+    async fn pass_on(self: &Arc<Self>, event: Event) {
         match event.kind {
             Some(EventKind::Exit(ProcessExit { id, exec_id, status, .. })) => {
                 let Ok(seen) = self.find(&id, &exec_id) else {
@@ -108,9 +111,14 @@ impl Pod {
                 }
                 // The time is the host's: the guest's clock is the guest's.
                 let exit = Exit::now(status & 0xff);
-                if seen.process.end(exit) {
-                    self.tell_exit(&seen.container, &seen.process, exit).await;
-                }
+                let pod = Arc::clone(self);
+                // Others' ends don't wait for this one's output.
+                tokio::spawn(async move {
+                    seen.process.settle(OUTPUT_LIMIT).await;
+                    if seen.process.end(exit) {
+                        pod.tell_exit(&seen.container, &seen.process, exit).await;
+                    }
+                });
             }
             Some(EventKind::Oom(oom)) => {
                 let Ok(seen) = self.find(&oom.id, "") else { return };
