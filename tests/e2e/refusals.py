@@ -1,9 +1,11 @@
 """What can't work is refused in one clear sentence, and nothing is left (the runner looks after every test)."""
 
 import contextlib
+import os
 import pathlib
 
 from harness.crictl import Pod, crictl, pod
+from harness.runner import Skip
 
 CONFIG = pathlib.Path("/etc/husk/config.toml")
 
@@ -63,6 +65,17 @@ def test_unknown_annotation():
 def test_too_little_memory():
     """A pod that asks for less memory than a guest needs is told so."""
     _refused("io.husk.memory-mib", "8", annotations={"io.husk.memory-mib": "8"})
+
+
+def test_no_kvm():
+    """A host without KVM is told so by the file's name."""
+    if not os.environ.get("TESTHOST"):
+        raise Skip("takes /dev/kvm away, which only the test host allows")
+    os.rename("/dev/kvm", "/dev/kvm.away")
+    try:
+        _refused("/dev/kvm", "No such file")
+    finally:
+        os.rename("/dev/kvm.away", "/dev/kvm")
 
 
 def test_host_network():
