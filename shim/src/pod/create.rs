@@ -300,6 +300,12 @@ async fn while_alive<T>(
         match fs {
             Some(fs) => {
                 let status = fs.ended().await;
+                // It ends well only because the VMM's end broke their connection, whose cause is about to be known.
+                if status.success()
+                    && let Ok(cause) = tokio::time::timeout(Duration::from_secs(2), vmm.ended()).await
+                {
+                    return cause;
+                }
                 format!("husk-fs ended ({status}): {}", fs.log.last(Duration::from_millis(500)).await)
             }
             None => std::future::pending().await,

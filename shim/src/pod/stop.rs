@@ -63,6 +63,10 @@ impl Pod {
             match &held.fs {
                 Some(fs) => {
                     let status = fs.ended().await;
+                    // It ends well only because the VMM's end broke their connection; the other branch tells of that.
+                    if status.success() {
+                        std::future::pending::<()>().await;
+                    }
                     format!("husk-fs ended ({status}): {}", fs.log.last(LAST_EVENTS_LIMIT).await)
                 }
                 None => std::future::pending().await,
