@@ -4,8 +4,7 @@ import contextlib
 import sys
 
 from harness import crictl
-from harness.command import run
-from harness.containerd import NAMESPACE, SOCKET, Containerd, installed
+from harness.containerd import Containerd, installed
 
 
 @contextlib.contextmanager
@@ -18,10 +17,7 @@ def environment(logs, binaries, images):
     containerd.start()
     try:
         containerd.load("pause", "busybox")
-        # What containerd, CNI and runc make once and keep (the bridge, empty folders and cgroups) is there before the first test looks.
-        with crictl.pod(handler="runc") as pod:
-            pod.start(["true"])
-        run("ctr", "-a", SOCKET, "-n", NAMESPACE, "run", "--rm", "--runtime", "io.containerd.runc.v2", "husk.test/busybox:1", "first", "true")
+        crictl.first_pod()
         yield containerd
     finally:
         containerd.stop()

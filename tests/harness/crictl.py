@@ -9,7 +9,7 @@ import re
 import tempfile
 
 from .command import output, run
-from .containerd import CLIENT_CONFIG
+from .containerd import CLIENT_CONFIG, NAMESPACE, SOCKET
 
 COUNT = itertools.count(1)
 # The same tests run on runc, to tell a fault of husk from one of the tests.
@@ -130,6 +130,14 @@ def pod(**options):
         yield it
     finally:
         it.remove()
+
+
+def first_pod():
+    """Starts and removes a pod and a container on runc: what containerd, CNI and runc make once and keep (the bridge, empty folders and
+    cgroups) is there from then on."""
+    with pod(handler="runc") as it:
+        it.start(["true"])
+    run("ctr", "-a", SOCKET, "-n", NAMESPACE, "run", "--rm", "--runtime", "io.containerd.runc.v2", "husk.test/busybox:1", "first", "true")
 
 
 def pids(name):
