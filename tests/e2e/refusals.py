@@ -67,6 +67,16 @@ def test_too_little_memory():
     _refused("io.husk.memory-mib", "8", annotations={"io.husk.memory-mib": "8"})
 
 
+def test_too_small_limit():
+    """A pod whose own memory limit is too small for any program is told so; at the smallest one that is allowed it runs."""
+    def resources(mebibytes):
+        return {"resources": {"memory_limit_in_bytes": mebibytes << 20}}
+
+    _refused("memory limit", linux=resources(1))
+    with pod(linux=resources(4)) as it:
+        assert it.start(["sleep", "1000"]).exec("echo", "small") == "small"
+
+
 def test_no_kvm():
     """A host without KVM is told so by the file's name."""
     if not os.environ.get("TESTHOST"):
