@@ -17,6 +17,7 @@ def _dies(kill):
             assert time.monotonic() - start < 10, "the container's death was never told"
             time.sleep(0.05)
         took = time.monotonic() - start
+        print(f"    told after {took:.1f} s", flush=True)
         assert took < 2, f"the container's death was told after {took:.1f} s"
     finally:
         it.remove()
