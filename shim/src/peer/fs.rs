@@ -3,11 +3,16 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::PeerError;
 use super::helper::{Helper, Inherited};
+use super::vmm::Vmm;
+
+/// Longest wait for the VMM's own end after husk-fs ended well, and for the last lines of husk-fs's log.
+const CAUSE_LIMIT: Duration = Duration::from_secs(1);
 
 /// husk-fs's configuration.
 #[derive(Debug, Serialize)]
@@ -40,4 +45,17 @@ pub(crate) fn start(
     let socket = inherited.add(listener.into());
     let config = FsConfig { id, root: root.to_owned(), socket, request_queues };
     Ok((Helper::start("husk-fs", program, &config, inherited)?, connected.into()))
+}
+
+/// Waits for husk-fs's end, for ever if there is none, and tells the cause. It ends well when its connection to the VMM breaks: if the
+/// VMM ends too, that is the cause.
+pub(crate) async fn ended(fs: Option<&Helper>, vmm: Option<&Vmm>) -> String {
+    let Some(fs) = fs else { return std::future::pending().await };
+    let status = fs.ended().await;
+    if let (true, Some(vmm)) = (status.success(), vmm)
+        && let Ok(cause) = tokio::time::timeout(CAUSE_LIMIT, vmm.ended()).await
+    {
+        return cause;
+    }
+    format!("husk-fs ended ({status}): {}", fs.log.last(CAUSE_LIMIT).await)
 }

@@ -293,29 +293,14 @@ async fn share_files(
 async fn while_alive<T>(
     what: &'static str,
     vmm: &Vmm,
-    fs: Option<&Helper>,
+    fs_daemon: Option<&Helper>,
     work: impl Future<Output = Result<T, BootError>>,
 ) -> Result<T, BootError> {
-    let fs_ended = async {
-        match fs {
-            Some(fs) => {
-                let status = fs.ended().await;
-                // It ends well only because the VMM's end broke their connection, whose cause is about to be known.
-                if status.success()
-                    && let Ok(cause) = tokio::time::timeout(Duration::from_secs(2), vmm.ended()).await
-                {
-                    return cause;
-                }
-                format!("husk-fs ended ({status}): {}", fs.log.last(Duration::from_millis(500)).await)
-            }
-            None => std::future::pending().await,
-        }
-    };
     tokio::select! {
         biased;
         // A broken connection is only the trace of an end whose cause is better told.
         cause = vmm.ended() => Err(BootError::Ended { what, cause }),
-        cause = fs_ended => Err(BootError::Ended { what, cause }),
+        cause = fs::ended(fs_daemon, Some(vmm)) => Err(BootError::Ended { what, cause }),
         done = work => match done {
             Err(BootError::Peer(PeerError::NotDialled(_) | PeerError::Connection { .. } | PeerError::Socket { .. })) => {
                 match tokio::time::timeout(Duration::from_secs(2), vmm.ended()).await {

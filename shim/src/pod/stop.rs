@@ -15,6 +15,7 @@ use crate::container::Kind;
 use crate::container::process::{Exit, Process, State};
 use crate::error::chain;
 use crate::peer::agent::Events;
+use crate::peer::fs;
 
 /// Longest wait for the agent's own shutdown, and again for the VMM's end after it; containerd gives Shutdown 3 s in all.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
@@ -59,19 +60,7 @@ impl Pod {
                 None => std::future::pending().await,
             }
         };
-        let fs_ended = async {
-            match &held.fs {
-                Some(fs) => {
-                    let status = fs.ended().await;
-                    // It ends well only because the VMM's end broke their connection; the other branch tells of that.
-                    if status.success() {
-                        std::future::pending::<()>().await;
-                    }
-                    format!("husk-fs ended ({status}): {}", fs.log.last(LAST_EVENTS_LIMIT).await)
-                }
-                None => std::future::pending().await,
-            }
-        };
+        let fs_ended = fs::ended(held.fs.as_ref(), held.vmm.as_ref());
         tokio::pin!(vmm_ended, fs_ended);
         loop {
             tokio::select! {
