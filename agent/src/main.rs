@@ -1,6 +1,7 @@
 //! husk-agent: process 1 of the guest. It mounts what it needs, dials the shim, and serves the agent's API until the connection
 //! ends; then the machine is powered off. The same program is the maker of containers (`cell`).
 
+mod apparmor;
 mod boot;
 mod cell;
 mod container;

@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use futures::stream;
 use husk_agent_api::agent::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecProcessRequest,
-    ExecProcessResponse, ListProcessesResponse, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest,
-    StartPodRequest, StartPodResponse, StatsResponse, UpdateContainerRequest,
+    ExecProcessResponse, ListProcessesResponse, LoadProfileRequest, ProcessRequest, ResizeTerminalRequest,
+    SignalProcessRequest, StartPodRequest, StartPodResponse, StatsResponse, UpdateContainerRequest,
 };
 use husk_agent_api::agent_ttrpc::{Agent, create_agent};
 use husk_cell::{CellError, CgroupError};
@@ -22,6 +22,7 @@ use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::{Code, get_status};
 
+use crate::apparmor;
 use crate::container::{ContainerError, Containers};
 use crate::dial::{Connection, Dialler};
 use crate::events::Events;
@@ -82,6 +83,13 @@ impl Agent for Service {
             agent_version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()
         })
+    }
+
+    async fn load_profile(&self, _: &TtrpcContext, request: LoadProfileRequest) -> ttrpc::Result<Empty> {
+        let loading = tokio::task::spawn_blocking(move || apparmor::load(&request.name, &request.policy));
+        let loaded = loading.await.map_err(|error| status(Code::INTERNAL, display(error)))?;
+        loaded.map_err(|error| status(Code::INVALID_ARGUMENT, display(error)))?;
+        Ok(Empty::new())
     }
 
     async fn create_container(

@@ -3,6 +3,7 @@
 use containerd_shim_protos::ttrpc::{self, Code};
 use thiserror::Error;
 
+use crate::apparmor::ProfileError;
 use crate::container::stdio::StdioError;
 use crate::id::IdError;
 use crate::peer::PeerError;
@@ -74,6 +75,9 @@ pub(crate) enum Error {
     /// The pod did not start.
     #[error("the pod's virtual machine did not start")]
     Boot(#[from] Box<BootError>),
+    /// An AppArmor profile.
+    #[error("the process cannot run under its AppArmor profile")]
+    Profile(#[from] ProfileError),
     /// The container's streams.
     #[error(transparent)]
     Stdio(#[from] StdioError),
@@ -99,6 +103,9 @@ impl Error {
             Self::Id(_) | Self::Spec(_) | Self::Message { .. } => Code::INVALID_ARGUMENT,
             Self::Peer(error) => error.code(),
             Self::Boot(error) => error.code(),
+            Self::Profile(ProfileError::Peer(error)) => error.code(),
+            Self::Profile(ProfileError::Read { .. } | ProfileError::Cut(_)) => Code::INTERNAL,
+            Self::Profile(_) => Code::INVALID_ARGUMENT,
             Self::Stdio(_) | Self::Storage(_) | Self::Cut(_) => Code::INTERNAL,
         }
     }

@@ -1,10 +1,12 @@
 //! containerd-shim-husk-v2: containerd's shim for pods in virtual machines, runtime type `io.containerd.husk.v2`. One daemon a pod.
 
+mod apparmor;
 mod cgroup;
 mod config;
 mod container;
 mod daemon;
 mod error;
+mod features;
 mod id;
 mod launch;
 mod logging;
@@ -23,7 +25,6 @@ use std::process::ExitCode;
 
 use containerd_shim::Flags;
 use containerd_shim_protos::protobuf::Message;
-use containerd_shim_protos::types::introspection::RuntimeInfo;
 
 /// The runtime's name in containerd's configuration.
 const RUNTIME: &str = "io.containerd.husk.v2";
@@ -46,7 +47,7 @@ fn run(flags: &Flags) -> Result<(), String> {
         return print(format!("containerd-shim-husk-v2:\n  Version:  {}\n", env!("CARGO_PKG_VERSION")).as_bytes());
     }
     if flags.info {
-        let info = RuntimeInfo { name: RUNTIME.to_owned(), ..Default::default() };
+        let info = features::info().map_err(|error| error.to_string())?;
         return print(&info.write_to_bytes().map_err(|error| error.to_string())?);
     }
     match flags.action.as_str() {

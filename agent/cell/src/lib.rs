@@ -40,4 +40,4 @@ pub use namespaces::Namespaces;
 pub use pause::ensure_pod_pid_namespace;
 pub use request::{CreateRequest, Created, ExecRequest, Process, Stdio};
 pub use rootfs::prepare_root;
-pub use spawn::{Starter, create, exec};
+pub use spawn::{Starter, create, exec, profile_is_listed};

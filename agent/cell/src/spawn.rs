@@ -59,7 +59,7 @@ pub fn create(request: CreateRequest) -> Result<Created, CellError> {
     let CreateRequest { id, spec, stdio, cgroup } = request;
     check(&spec)?;
     let mut warnings = Vec::new();
-    let apparmor = spec.process().as_ref().and_then(|p| apparmor_profile(p, &mut warnings));
+    let apparmor = spec.process().as_ref().map(|p| apparmor_profile(p, &mut warnings)).transpose()?.flatten();
     let kinds = kinds(spec.linux().as_ref());
     let instruction = Instruction {
         task: Task::Create { spec: Box::new(spec) },
@@ -86,7 +86,7 @@ pub fn exec(request: ExecRequest) -> Result<Process, CellError> {
     }
     let mut warnings = Vec::new();
     let instruction = Instruction {
-        apparmor: apparmor_profile(&process, &mut warnings),
+        apparmor: apparmor_profile(&process, &mut warnings)?,
         task: Task::Exec { process: Box::new(process), seccomp: seccomp.map(Box::new) },
         terminal: stdio.terminal(),
         namespaces: namespaces.pins().map(|(kind, _)| kind.bits()).collect(),
@@ -302,18 +302,24 @@ fn check(spec: &Spec) -> Result<(), CellError> {
     Ok(())
 }
 
-/// The profile that the process is to run under, if this guest has it.
-fn apparmor_profile(process: &OciProcess, warnings: &mut Vec<String>) -> Option<String> {
+/// The profile that the process is to run under, which must be loaded.
+fn apparmor_profile(process: &OciProcess, warnings: &mut Vec<String>) -> Result<Option<String>, CellError> {
     if let Some(label) = process.selinux_label().as_deref().filter(|l| !l.is_empty()) {
         warnings.push(format!("SELinux label \"{label}\" ignored: the guest has no SELinux"));
     }
-    let profile = process.apparmor_profile().as_deref().filter(|p| !p.is_empty() && *p != "unconfined")?;
+    let Some(profile) = process.apparmor_profile().as_deref().filter(|p| !p.is_empty() && *p != "unconfined") else {
+        return Ok(None);
+    };
     let loaded = std::fs::read_to_string("/sys/kernel/security/apparmor/profiles").unwrap_or_default();
-    if loaded.lines().any(|line| line.rsplit_once(" (").is_some_and(|(name, _)| name == profile)) {
-        return Some(profile.to_owned());
+    if !profile_is_listed(&loaded, profile) {
+        return Err(CellError::Invalid(format!("the AppArmor profile \"{profile}\" is not loaded in the guest")));
     }
-    warnings.push(format!("AppArmor profile \"{profile}\" ignored: it is not loaded in the guest"));
-    None
+    Ok(Some(profile.to_owned()))
+}
+
+/// Whether `name` is in AppArmor's list of loaded profiles (securityfs, apparmor/profiles), whose lines are `name (mode)`.
+pub fn profile_is_listed(list: &str, name: &str) -> bool {
+    list.lines().any(|line| line.rsplit_once(" (").is_some_and(|(listed, _)| listed == name))
 }
 
 /// CLONE_NEW* flags as they go over the wire.

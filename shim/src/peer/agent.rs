@@ -8,8 +8,9 @@ use containerd_shim_protos::ttrpc::r#async::{Client, ClientStreamReceiver};
 use containerd_shim_protos::ttrpc::asynchronous::transport::Socket;
 use containerd_shim_protos::ttrpc::context::{self, Context};
 use husk_agent_api::agent::{
-    ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest, ProcessRequest, ResizeTerminalRequest,
-    SignalProcessRequest, StartPodRequest, StartPodResponse, StatsResponse, UpdateContainerRequest,
+    ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest, LoadProfileRequest, ProcessRequest,
+    ResizeTerminalRequest, SignalProcessRequest, StartPodRequest, StartPodResponse, StatsResponse,
+    UpdateContainerRequest,
 };
 use husk_agent_api::agent_ttrpc::AgentClient;
 use husk_agent_api::hello::{self, Hello};
@@ -43,6 +44,12 @@ impl Agent {
     /// Once, before any container.
     pub(crate) async fn start_pod(&self, request: &StartPodRequest) -> Result<StartPodResponse, PeerError> {
         call("start the pod", LONG_LIMIT, |context| self.0.start_pod(context, request)).await
+    }
+
+    /// Loads an AppArmor profile into the guest's kernel; `policy` is in the kernel's binary form.
+    pub(crate) async fn load_profile(&self, name: &str, policy: Vec<u8>) -> Result<(), PeerError> {
+        let request = LoadProfileRequest { name: name.to_owned(), policy, ..Default::default() };
+        call("load the AppArmor profile", LIMIT, |context| self.0.load_profile(context, &request)).await.map(drop)
     }
 
     /// Builds a container.

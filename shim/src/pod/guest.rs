@@ -11,6 +11,7 @@ use tracing::{info, warn};
 
 use super::Pod;
 use super::machine::{Machine, unmount_below};
+use crate::apparmor;
 use crate::container::Container;
 use crate::container::process::Process;
 use crate::container::stdio::Pending;
@@ -72,9 +73,16 @@ impl Pod {
             let opened = Pending::open(&init.stdio, &machine.dial, &self.around.namespace, &container.id).await;
             opened.map_err(Error::from)
         };
-        let (mounted, pending) = tokio::join!(mounting, opening);
+        let giving = async {
+            match apparmor::wanted(spec.process().as_ref()) {
+                Some(profile) => machine.profiles.give(&machine.agent, profile).await.map_err(Error::from),
+                None => Ok(()),
+            }
+        };
+        let (mounted, pending, given) = tokio::join!(mounting, opening, giving);
         mounted?;
         let pending = pending?;
+        given?;
         let mounted = begun.elapsed();
         let request = CreateContainerRequest {
             id: container.id.to_string(),

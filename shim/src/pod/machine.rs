@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use super::state::{Directory, Record};
+use crate::apparmor::Given;
 use crate::cgroup::PodCgroup;
 use crate::error::chain;
 use crate::network;
@@ -111,6 +112,8 @@ pub(crate) struct Machine {
     directory: Directory,
     down: watch::Sender<Option<String>>,
     gone: watch::Sender<bool>,
+    /// AppArmor profiles that its kernel has.
+    pub(crate) profiles: Given,
     stopping: AtomicBool,
     oom_score: Mutex<Option<i32>>,
 }
@@ -126,6 +129,7 @@ impl Machine {
             held: tokio::sync::RwLock::new(held),
             down: watch::Sender::new(None),
             gone: watch::Sender::new(false),
+            profiles: Given::default(),
             stopping: AtomicBool::new(false),
             oom_score: Mutex::new(None),
         }

@@ -21,6 +21,7 @@ use husk_agent_api::agent::StatsResponse;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
+use crate::apparmor;
 use crate::config::Config;
 use crate::container::process::{Exit, Process, State};
 use crate::container::stdio::Paths;
@@ -235,6 +236,10 @@ impl Pod {
         let mut oci: oci_spec::runtime::Process = serde_json::from_slice(&spec).map_err(message)?;
         // As for the container itself: a label of the host's policy says nothing to the guest's kernel.
         oci.set_selinux_label(None);
+        if let Some(profile) = apparmor::wanted(Some(&oci)) {
+            let machine = self.running("add a process")?;
+            machine.profiles.give_once(&machine.agent, profile).await?;
+        }
         let process = Process::new(&exec_id, stdio, serde_json::to_vec(&oci).map_err(message)?);
         container.add_exec(exec_id.clone(), process)?;
         let (container_id, exec_id) = (id.to_owned(), exec_id.to_string());

@@ -203,12 +203,9 @@ fn guest_namespaces(namespaces: &[LinuxNamespace], role: &Role) -> Result<Vec<Li
             refuse_joining(namespaces, kind, name)?;
         }
     }
-    // The pod's pid namespace is whatever has a path: there is no other that a container could join.
-    match load::namespace(namespaces, LinuxNamespaceType::Pid) {
-        None => return Err(SpecError::HostNamespace("pid")),
-        Some(pid) if joins(pid) => guest.push(namespace(LinuxNamespaceType::Pid, Some(SHARED_PID))),
-        Some(_) => guest.push(namespace(LinuxNamespaceType::Pid, None)),
-    }
+    // The pod's pid namespace is whatever has a path, and what stands for the host's: there is no other that a container could join.
+    let own_pid = load::namespace(namespaces, LinuxNamespaceType::Pid).is_some_and(|pid| !joins(pid));
+    guest.push(namespace(LinuxNamespaceType::Pid, (!own_pid).then_some(SHARED_PID)));
     for (kind, name) in [(LinuxNamespaceType::Cgroup, "cgroup"), (LinuxNamespaceType::Time, "time")] {
         refuse_joining(namespaces, kind, name)?;
         if load::namespace(namespaces, kind).is_some() {

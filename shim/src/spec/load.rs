@@ -69,9 +69,8 @@ pub(crate) struct PodSpec {
 pub(crate) fn pod(spec: &Spec) -> Result<PodSpec, SpecError> {
     let linux = spec.linux().as_ref().ok_or(SpecError::Missing("linux section"))?;
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
-    for (kind, name) in
-        [(LinuxNamespaceType::Network, "network"), (LinuxNamespaceType::Pid, "pid"), (LinuxNamespaceType::Ipc, "ipc")]
-    {
+    // The host's processes are not there to be seen: a pod with hostPID sees those of its virtual machine (guest.rs).
+    for (kind, name) in [(LinuxNamespaceType::Network, "network"), (LinuxNamespaceType::Ipc, "ipc")] {
         if namespace(namespaces, kind).is_none() {
             return Err(SpecError::HostNamespace(name));
         }

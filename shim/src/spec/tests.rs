@@ -214,12 +214,23 @@ fn pod_takes_network_name_and_sysctls_from_the_sandbox() {
 
 #[test]
 fn host_namespaces_are_refused_with_words() {
-    for kind in ["network", "pid", "ipc"] {
+    for kind in ["network", "ipc"] {
         let mut value = sandbox(json!({}));
         value["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != kind);
         let error = load::pod(&spec(value)).unwrap_err().to_string();
         assert!(error.contains(kind) && error.contains("run it with runc"), "{error}");
     }
+}
+
+#[test]
+fn the_hosts_processes_are_those_of_the_virtual_machine() {
+    let mut value = sandbox(json!({}));
+    value["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "pid");
+    assert!(load::pod(&spec(value)).is_ok());
+    let mut value = member();
+    value["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "pid");
+    let pid = (LinuxNamespaceType::Pid, Some("/run/husk/ns/pid".to_owned()));
+    assert!(namespaces(&converted(value).unwrap()).contains(&pid));
 }
 
 fn size(annotations: Value) -> Result<Size, SpecError> {
