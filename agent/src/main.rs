@@ -8,6 +8,7 @@ mod container;
 mod descriptor;
 mod dial;
 mod events;
+mod forward;
 mod log;
 mod net;
 mod oom;
@@ -84,7 +85,11 @@ fn run(dialler: Dialler, connection: Option<OwnedFd>) -> Result<(), String> {
         let children = reaper::Children::new().map_err(display)?;
         let connection = match connection {
             Some(connection) => dial::from_descriptor(connection).map_err(display)?,
-            None => boot::boot(&dialler).await.map_err(display)?,
+            None => {
+                let connection = boot::boot(&dialler).await.map_err(display)?;
+                tokio::spawn(forward::serve());
+                connection
+            }
         };
         rpc::serve(connection, dialler, children, machine).await.map_err(display)
     });

@@ -7,6 +7,7 @@ mod generated {
 
 pub use generated::{agent, agent_ttrpc};
 
+pub mod forward;
 pub mod hello;
 
 /// The host's vsock port that the agent dials for its RPC connection.

@@ -1,6 +1,8 @@
 //! The pod's network: for every interface that CNI left in the pod's network namespace a tap, joined to it by tc in both
 //! directions, and what the guest must set up to own the interface's addresses.
 
+pub(crate) mod forward;
+mod lookup;
 pub(crate) mod netns;
 mod read;
 pub(crate) mod tap;
@@ -116,6 +118,15 @@ pub(crate) enum NetworkError {
         what: &'static str,
         /// How long.
         limit: Duration,
+    },
+    /// The forwarding of connections.
+    #[error("cannot forward connections in the pod's network namespace to the guest: {step}")]
+    Forward {
+        /// What failed.
+        step: &'static str,
+        /// Why.
+        #[source]
+        cause: std::io::Error,
     },
     /// Too many interfaces.
     #[error("the pod has {count} network interfaces; {MAX_INTERFACES} are possible")]

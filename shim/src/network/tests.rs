@@ -18,7 +18,7 @@ const POD_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 /// A new network namespace, held by a descriptor.
-fn namespace() -> OwnedFd {
+pub(super) fn namespace() -> OwnedFd {
     std::thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         File::open("/proc/thread-self/ns/net").unwrap().into()

@@ -1,14 +1,17 @@
-//! The dial channel with the VMM: connections that the guest makes to the host's vsock ports come in as descriptors. A port is
-//! open only while someone waits for it, and for one connection; everything else is refused by closing the descriptor.
+//! The dial channel with the VMM: connections that the guest makes to the host's vsock ports come in as descriptors, those that the
+//! shim makes to the guest's go out as such. A port of the host is open only while someone waits for it, and for one connection;
+//! everything else is refused by closing the descriptor.
 
 use std::collections::HashMap;
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use husk_vmm_api::dial::{self, Message};
-use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -22,6 +25,9 @@ use crate::watch;
 /// Most connections awaited at a time.
 const MAX_EXPECTED: usize = 3072;
 
+/// Longest wait for room on the channel.
+const SEND_LIMIT: Duration = Duration::from_secs(5);
+
 /// Most descriptors looked at in a message; it should carry one.
 const MAX_FDS: usize = 8;
 
@@ -29,8 +35,13 @@ const MAX_FDS: usize = 8;
 #[derive(Debug)]
 pub(crate) struct Dial {
     ports: Ports,
+    caller: Caller,
     reader: JoinHandle<()>,
 }
+
+/// Makes connections to the guest's ports.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller(Arc<AsyncFd<OwnedFd>>);
 
 /// Who waits for which port, and the next free one.
 #[derive(Clone, Debug)]
@@ -58,11 +69,16 @@ impl Dial {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(|errno| failed(errno.into()))?;
-        let ours = watch::readable(ours).map_err(failed)?;
+        let ours = Arc::new(watch::both_ways(ours).map_err(failed)?);
         let table = Table { waiting: HashMap::new(), next: husk_agent_api::FIRST_STREAM_PORT };
         let ports = Ports(Arc::new(Mutex::new(table)));
-        let reader = tokio::spawn(read(ours, ports.clone()));
-        Ok((Self { ports, reader }, theirs))
+        let reader = tokio::spawn(read(Arc::clone(&ours), ports.clone()));
+        Ok((Self { ports, caller: Caller(ours), reader }, theirs))
+    }
+
+    /// For connections to the guest.
+    pub(crate) fn caller(&self) -> Caller {
+        self.caller.clone()
     }
 
     /// Opens `port` for one connection.
@@ -87,6 +103,25 @@ impl Dial {
 impl Drop for Dial {
     fn drop(&mut self) {
         self.reader.abort();
+    }
+}
+
+impl Caller {
+    /// A connection to the guest's vsock port `port`. Where nobody listens it ends at once.
+    pub(crate) async fn call(&self, port: u32) -> Result<UnixStream, PeerError> {
+        let failed = |source| PeerError::Socket { doing: "connect with a port of the guest", source };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        let send = |channel: &OwnedFd| {
+            let bytes = Message::DialGuest { port }.encode();
+            let descriptors = [theirs.as_raw_fd()];
+            let rights = [ControlMessage::ScmRights(&descriptors)];
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            Ok(sendmsg::<()>(channel.as_raw_fd(), &[IoSlice::new(&bytes)], &rights, flags, None)?)
+        };
+        match tokio::time::timeout(SEND_LIMIT, self.0.async_io(Interest::WRITABLE, send)).await {
+            Ok(sent) => sent.map(|_| ours).map_err(failed),
+            Err(_) => Err(PeerError::Deadline { what: "room on the VMM's dial channel", limit: SEND_LIMIT }),
+        }
     }
 }
 
@@ -134,7 +169,7 @@ impl Drop for Expected {
 }
 
 /// Hands over every connection until the VMM's end is closed.
-async fn read(socket: AsyncFd<OwnedFd>, ports: Ports) {
+async fn read(socket: Arc<AsyncFd<OwnedFd>>, ports: Ports) {
     loop {
         match socket.async_io(Interest::READABLE, receive).await {
             Ok(Received::Connection(port, fd)) => match ports.take(port) {
@@ -186,9 +221,6 @@ fn receive(socket: &OwnedFd) -> io::Result<Received> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::IoSlice;
-
-    use nix::sys::socket::{ControlMessage, sendmsg};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
@@ -247,6 +279,25 @@ mod tests {
         let cut = dial.expect_stream().unwrap();
         drop(vmm);
         assert!(matches!(cut.stream("a test", LIMIT).await, Err(PeerError::NotDialled(_))));
+    }
+
+    #[tokio::test]
+    async fn calls_the_guest() {
+        let (dial, vmm) = Dial::new().unwrap();
+        let mut ours = dial.caller().call(1025).await.unwrap();
+        let mut bytes = [0; dial::LEN];
+        let mut space = nix::cmsg_space!([i32; 1]);
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let message =
+            recvmsg::<()>(vmm.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).unwrap();
+        let Some(ControlMessageOwned::ScmRights(numbers)) = message.cmsgs().unwrap().next() else { panic!("no descriptor") };
+        // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
+        let guest = unsafe { OwnedFd::from_raw_fd(numbers[0]) };
+        assert_eq!(Message::decode(&bytes), Some(Message::DialGuest { port: 1025 }));
+        drop(guest);
+        assert_eq!(ours.read(&mut [0]).await.unwrap(), 0);
+        drop(vmm);
+        assert!(dial.caller().call(1025).await.is_err());
     }
 
     #[tokio::test]

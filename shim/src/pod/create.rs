@@ -1,13 +1,15 @@
 //! The start of a pod's machine: network, share directory and fs daemon at once, then the VMM, then the agent's hello and StartPod.
 //! Whatever fails on the way, everything made so far is taken back.
 
+use std::os::fd::OwnedFd;
+use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::ttrpc::Code;
 use husk_agent_api::agent::StartPodRequest;
 use husk_agent_api::{NONCE_KEY, RPC_PORT};
 use thiserror::Error;
-use tracing::info;
+use tracing::{debug, info, warn};
 
 use super::machine::{Held, Machine};
 use super::recover;
@@ -15,6 +17,8 @@ use super::state::{Directory, Identity, Record, StateError};
 use crate::cgroup::{CgroupError, PodCgroup};
 use crate::config::{Config, ConfigError, Programs};
 use crate::id::Id;
+use crate::error::chain;
+use crate::network::forward::Forwarder;
 use crate::network::{self, NetworkError, Prepared};
 use crate::peer::PeerError;
 use crate::peer::agent::{Agent, Events};
@@ -162,7 +166,7 @@ async fn claim(request: &Request<'_>) -> Result<Held, BootError> {
         cgroups_path: request.pod.cgroups_path.clone(),
         ..Record::default()
     };
-    let mut held = Held { directory, record, cgroup: None, fs: None, vmm: None };
+    let mut held = Held { directory, record, cgroup: None, fs: None, vmm: None, forwarder: Mutex::default() };
     match held.directory.write(&held.record) {
         Ok(()) => Ok(held),
         Err(error) => {
@@ -192,6 +196,8 @@ async fn assemble(
         None => Default::default(),
     };
 
+    // The VMM takes the namespace with it; what forwards connections works in it as long as the pod lives.
+    let own_netns = netns.as_ref().and_then(|netns| netns.try_clone().ok());
     let spawning = Instant::now();
     let uid = request.config.vmm_uid_base.saturating_add(std::process::id());
     let vmm = Vmm::start(vmm::Start {
@@ -225,7 +231,13 @@ async fn assemble(
             Ok(other) => other.map_err(BootError::from),
         }
     };
-    let agent = while_alive("the agent's hello", vmm, held.fs.as_ref(), greeting).await?;
+    // Made while the guest boots, so that it costs the start nothing.
+    let (agent, forwarder) = tokio::join!(
+        while_alive("the agent's hello", vmm, held.fs.as_ref(), greeting),
+        forward_connections(own_netns, &dial)
+    );
+    let agent = agent?;
+    held.forwarder = Mutex::new(forwarder);
     phases.hello = booting.elapsed();
 
     let starting = Instant::now();
@@ -261,12 +273,27 @@ async fn connect_network(request: &Request<'_>) -> Result<(Option<Prepared>, Dur
     Ok((prepared, begun.elapsed()))
 }
 
+/// Forwards connections to the pod's own addresses within its namespace. A pod on a host that can't is a pod all the same.
+async fn forward_connections(netns: Option<OwnedFd>, dial: &Dial) -> Option<Forwarder> {
+    let begun = Instant::now();
+    match Forwarder::start(&netns?, dial.caller()).await {
+        Ok(forwarder) => {
+            debug!("forwarding connections within the pod's network namespace after {:?}", begun.elapsed());
+            Some(forwarder)
+        }
+        Err(error) => {
+            warn!("port-forward will not reach this pod: {}", chain(&error));
+            None
+        }
+    }
+}
+
 /// Moves into the pod's cgroup, makes the share directory and starts the fs daemon there; gives the VMM's connection to it.
 async fn share_files(
     request: &Request<'_>,
     programs: &Programs,
     held: &mut Held,
-) -> Result<(std::os::fd::OwnedFd, Duration), BootError> {
+) -> Result<(OwnedFd, Duration), BootError> {
     let begun = Instant::now();
     let directory = held.directory.clone();
     let cgroups_path = request.pod.cgroups_path.clone();
@@ -320,8 +347,10 @@ fn command_line(config: &Config, nonce: &[u8; 16]) -> String {
     // No bounce buffers (swiotlb), no search for PCI buses beyond the only one nor for chip sets with early mends, and no RCU grace period of whole ticks where a process enters a
     // cgroup: each would cost milliseconds of every start.
     let quick = "swiotlb=noforce pci=lastbus=0,noearly rcupdate.rcu_expedited=1";
+    // The kernel's drivers of virtual interfaces are for pods that want some: none by themselves.
+    let bare = "dummy.numdummies=0";
     let fixed = "panic=-1 reboot=t init=/init tsc=reliable no_timer_check random.trust_cpu=on";
-    let line = format!("{console} {fixed} {quick} {NONCE_KEY}={nonce} {}", config.kernel_parameters.trim());
+    let line = format!("{console} {fixed} {bare} {quick} {NONCE_KEY}={nonce} {}", config.kernel_parameters.trim());
     line.trim_end().to_owned()
 }
 

@@ -13,6 +13,7 @@ use crate::apparmor::Given;
 use crate::cgroup::PodCgroup;
 use crate::error::chain;
 use crate::network;
+use crate::network::forward::Forwarder;
 use crate::peer::agent::Agent;
 use crate::peer::dial::Dial;
 use crate::peer::helper::Helper;
@@ -37,6 +38,8 @@ pub(crate) struct Held {
     pub(crate) fs: Option<Helper>,
     /// Its VMM.
     pub(crate) vmm: Option<Vmm>,
+    /// What forwards connections within its network namespace to the guest.
+    pub(crate) forwarder: Mutex<Option<Forwarder>>,
 }
 
 impl Held {
@@ -53,6 +56,7 @@ impl Held {
             }
         };
         tokio::join!(vmm, fs);
+        drop(self.forwarder.lock().unwrap_or_else(PoisonError::into_inner).take());
         if let Some(netns) = &self.record.netns
             && let Err(error) = network::teardown(netns).await
         {

@@ -1,0 +1,159 @@
+//! Connections that something on the host makes to the pod's localhost or address within the pod's network namespace there
+//! (port-forward, probes). The shim passes each on by vsock; here it is joined to a TCP connection of the guest's own.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use husk_agent_api::forward;
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, getpeername, listen, socket};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::unix::AsyncFd;
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use crate::descriptor;
+use crate::dial::{self, Connection};
+
+/// How long the shim may take to name the destination, and the destination to answer.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Bytes copied at a time, each way.
+const CHUNK: usize = 32 << 10;
+
+/// Takes forwarded connections for as long as the machine runs. Without vsock (tests outside a machine) there are none.
+pub(crate) async fn serve() {
+    let listener = match listener() {
+        Ok(listener) => listener,
+        Err(error) => return tracing::warn!("Connections can't be forwarded to the pod: {error}"),
+    };
+    let places = Arc::new(Semaphore::new(forward::MAX));
+    loop {
+        let connection = match listener.async_io(Interest::READABLE, accept).await {
+            Ok(connection) => connection,
+            Err(error) if is_transient(&error) => continue,
+            Err(error) => return tracing::warn!("No more connections can be forwarded to the pod: {error}"),
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
+        if let Some(connection) = of_host(connection) {
+            tokio::spawn(async move {
+                if let Err(error) = join(connection).await {
+                    tracing::debug!("A forwarded connection failed: {error}");
+                }
+                drop(place);
+            });
+        }
+    }
+}
+
+/// Listens at the agreed port.
+fn listener() -> io::Result<AsyncFd<OwnedFd>> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener = socket(AddressFamily::Vsock, SockType::Stream, flags, None)?;
+    bind(listener.as_raw_fd(), &VsockAddr::new(nix::libc::VMADDR_CID_ANY, forward::PORT))?;
+    listen(&listener, Backlog::new(i32::try_from(forward::MAX).unwrap_or(Backlog::MAXCONN.into()))?)?;
+    descriptor::watch(listener, Interest::READABLE)
+}
+
+fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
+    let number = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+    // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// What accept(2) tells of one connection, or asks to try again.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::ECONNABORTED | Errno::EINTR | Errno::ECONNRESET))
+}
+
+/// The connection, if it is the host's: containers can reach the port too, by vsock(7)'s local address.
+fn of_host(connection: OwnedFd) -> Option<Connection> {
+    let peer: VsockAddr = getpeername(connection.as_fd().as_raw_fd()).ok()?;
+    if peer.cid() != nix::libc::VMADDR_CID_HOST {
+        return None;
+    }
+    dial::from_descriptor(connection).ok()
+}
+
+/// Connects to where the client wants to go, and copies both ways until both ends are told or one side breaks.
+async fn join(mut connection: Connection) -> io::Result<()> {
+    let mut destination = [0; forward::LEN];
+    timeout(DEADLINE, connection.read_exact(&mut destination)).await??;
+    let mut server = match timeout(DEADLINE, connect(forward::decode(&destination))).await {
+        Ok(Ok(server)) => server,
+        refused => {
+            connection.write_all(&[forward::REFUSED]).await?;
+            return refused?.map(drop);
+        }
+    };
+    connection.write_all(&[forward::CONNECTED]).await?;
+    // What is small must not wait for more: the client's own side decides on that.
+    server.set_nodelay(true)?;
+    tokio::io::copy_bidirectional_with_sizes(&mut connection, &mut server, CHUNK, CHUNK).await?;
+    Ok(())
+}
+
+/// Connects within the guest. To be at the loopback in one family is to be at the pod's localhost: the other is tried too, as a
+/// client that the shim has to accept before the guest is asked no longer will.
+async fn connect(to: SocketAddr) -> io::Result<TcpStream> {
+    match (TcpStream::connect(to).await, other_loopback(to.ip())) {
+        (Err(_), Some(other)) => TcpStream::connect(SocketAddr::new(other, to.port())).await,
+        (outcome, _) => outcome,
+    }
+}
+
+fn other_loopback(address: IpAddr) -> Option<IpAddr> {
+    match address {
+        IpAddr::V4(Ipv4Addr::LOCALHOST) => Some(Ipv6Addr::LOCALHOST.into()),
+        IpAddr::V6(Ipv6Addr::LOCALHOST) => Some(Ipv4Addr::LOCALHOST.into()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::{TcpListener, UnixStream};
+
+    async fn asked(to: SocketAddr) -> (UnixStream, u8) {
+        let (mut shim, agent) = UnixStream::pair().unwrap();
+        tokio::spawn(join(agent));
+        shim.write_all(&forward::encode(to)).await.unwrap();
+        let answer = shim.read_u8().await.unwrap();
+        (shim, answer)
+    }
+
+    #[tokio::test]
+    async fn joins_client_and_server_with_half_close() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let to = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move {
+            let (mut server, peer) = listener.accept().await.unwrap();
+            let mut all = Vec::new();
+            server.read_to_end(&mut all).await.unwrap();
+            server.write_all(&all).await.unwrap();
+            peer
+        });
+        let (mut shim, answer) = asked(to).await;
+        assert_eq!(answer, forward::CONNECTED);
+        shim.write_all(b"all of it").await.unwrap();
+        shim.shutdown().await.unwrap();
+        let mut back = Vec::new();
+        shim.read_to_end(&mut back).await.unwrap();
+        assert_eq!(back, b"all of it");
+        assert!(server.await.unwrap().ip().is_loopback());
+    }
+
+    #[tokio::test]
+    async fn tries_the_other_loopback_and_says_when_nobody_listens() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert_eq!(asked(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port)).await.1, forward::CONNECTED);
+        drop(listener);
+        assert_eq!(asked(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port)).await.1, forward::REFUSED);
+    }
+}
