@@ -52,7 +52,8 @@ enum ForwardError {
 impl Forwarder {
     /// Takes every TCP connection to an address of the namespace from now on.
     pub(crate) async fn start(netns: &OwnedFd, caller: Caller) -> Result<Self, NetworkError> {
-        let namespace = netns.try_clone().map_err(|cause| NetworkError::Forward { step: "hold the namespace", cause })?;
+        let namespace =
+            netns.try_clone().map_err(|cause| NetworkError::Forward { step: "hold the namespace", cause })?;
         let (listener, lookup) = netns::within(netns, "forward connections", move || {
             let failed = |step| move |cause| NetworkError::Forward { step, cause };
             let listener = listen().map_err(failed("listen"))?;

@@ -40,7 +40,9 @@ fn next(vmm: &OwnedFd) -> UnixStream {
     let mut parts = [IoSliceMut::new(&mut bytes)];
     // The socket does not block: the caller has seen that something is there.
     let message = recvmsg::<()>(vmm.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).unwrap();
-    let Some(ControlMessageOwned::ScmRights(numbers)) = message.cmsgs().unwrap().next() else { panic!("no descriptor") };
+    let Some(ControlMessageOwned::ScmRights(numbers)) = message.cmsgs().unwrap().next() else {
+        panic!("no descriptor")
+    };
     // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
     let stream = unsafe { std::os::unix::net::UnixStream::from_raw_fd(numbers[0]) };
     assert_eq!(dial::Message::decode(&bytes), Some(dial::Message::DialGuest { port: forward::PORT }));

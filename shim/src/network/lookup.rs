@@ -71,18 +71,10 @@ struct LinkCreate {
 
 /// Gives the listener every new TCP connection to an address of the namespace. The listener must be the namespace's own.
 pub(super) fn attach(netns: &OwnedFd, listener: &TcpListener) -> io::Result<Lookup> {
-    let map = bpf(
-        MAP_CREATE,
-        &MapCreate { map_type: SOCKMAP, key_size: 4, value_size: 4, max_entries: 1, map_flags: 0 },
-    )?;
+    let map =
+        bpf(MAP_CREATE, &MapCreate { map_type: SOCKMAP, key_size: 4, value_size: 4, max_entries: 1, map_flags: 0 })?;
     let (key, value) = (0u32, number(listener));
-    let place = MapUpdate {
-        map_fd: number(&map),
-        padding: 0,
-        key: address(&key),
-        value: address(&value),
-        flags: 0,
-    };
+    let place = MapUpdate { map_fd: number(&map), padding: 0, key: address(&key), value: address(&value), flags: 0 };
     bpf_call(MAP_UPDATE_ELEM, &place)?;
     let instructions = program(map.as_raw_fd());
     let load = ProgLoad {

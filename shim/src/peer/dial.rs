@@ -288,9 +288,10 @@ mod tests {
         let mut bytes = [0; dial::LEN];
         let mut space = nix::cmsg_space!([i32; 1]);
         let mut parts = [IoSliceMut::new(&mut bytes)];
-        let message =
-            recvmsg::<()>(vmm.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).unwrap();
-        let Some(ControlMessageOwned::ScmRights(numbers)) = message.cmsgs().unwrap().next() else { panic!("no descriptor") };
+        let message = recvmsg::<()>(vmm.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).unwrap();
+        let Some(ControlMessageOwned::ScmRights(numbers)) = message.cmsgs().unwrap().next() else {
+            panic!("no descriptor")
+        };
         // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
         let guest = unsafe { OwnedFd::from_raw_fd(numbers[0]) };
         assert_eq!(Message::decode(&bytes), Some(Message::DialGuest { port: 1025 }));
