@@ -1,4 +1,4 @@
-"""A private containerd with a CNI bridge and the runtimes runc and husk, for one run of tests."""
+"""A private containerd (the first in PATH) with a CNI bridge and the runtimes runc and husk, for one run of tests."""
 
 import json
 import os
@@ -14,24 +14,41 @@ SOCKET = "/run/husk-test/containerd.sock"
 NAMESPACE = "k8s.io"
 CLIENT_CONFIG = "/run/husk-test/crictl.yaml"
 
-CONFIG = """version = 2
+CONFIG = """version = {format}
 root = "/var/lib/containerd/husk-test"
 state = "/run/husk-test/state"
 [grpc]
   address = "{socket}"
+{own}
+[plugins."{cri}".cni]
+  {bin_dir}
+  conf_dir = "/run/husk-test/cni"
+[plugins."{cri}".containerd]
+  default_runtime_name = "husk"
+  [plugins."{cri}".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+  [plugins."{cri}".containerd.runtimes.husk]
+    runtime_type = "io.containerd.husk.v2"
+    pod_annotations = ["io.husk.*"]
+"""
+
+# What the versions put differently (containerd's docs/cri/config.md of release/1.7 and release/2.0).
+CONFIG_1 = {"format": 2, "cri": "io.containerd.grpc.v1.cri", "bin_dir": 'bin_dir = "/usr/lib/cni"', "own": """
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "husk.test/pause:1"
-  [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
-    conf_dir = "/run/husk-test/cni"
-  [plugins."io.containerd.grpc.v1.cri".containerd]
-    default_runtime_name = "husk"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-      runtime_type = "io.containerd.runc.v2"
-    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk]
-      runtime_type = "io.containerd.husk.v2"
-      pod_annotations = ["io.husk.*"]
-"""
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "/run/husk-test/certs.d"
+"""}
+# The two switches are off as in containerd 1, so that a test means the same on every version.
+CONFIG_2 = {"format": 3, "cri": "io.containerd.cri.v1.runtime", "bin_dir": 'bin_dirs = ["/usr/lib/cni"]', "own": """
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "husk.test/pause:1"
+[plugins."io.containerd.cri.v1.images".registry]
+  config_path = "/run/husk-test/certs.d"
+[plugins."io.containerd.cri.v1.runtime"]
+  enable_unprivileged_ports = false
+  enable_unprivileged_icmp = false
+"""}
 
 NETWORK = {
     "cniVersion": "1.0.0", "name": "husk-test", "plugins": [
@@ -39,6 +56,11 @@ NETWORK = {
          "ipam": {"type": "host-local", "dataDir": "/run/husk-test/ipam", "ranges": [[{"subnet": "10.123.0.0/16"}]],
                   "routes": [{"dst": "0.0.0.0/0"}]}},
         {"type": "portmap", "capabilities": {"portMappings": True}}]}
+
+
+def version():
+    """The containerd that is first in PATH: (1, 6) and the like."""
+    return tuple(int(part) for part in output("containerd", "--version").split()[2].lstrip("v").split(".")[:2])
 
 
 class Containerd:
@@ -56,7 +78,7 @@ class Containerd:
             os.makedirs(folder, exist_ok=True)
         pathlib.Path("/run/husk-test/cni/10-husk.conflist").write_text(json.dumps(NETWORK))
         config = pathlib.Path("/run/husk-test/config.toml")
-        config.write_text(CONFIG.format(socket=SOCKET))
+        config.write_text(CONFIG.format(socket=SOCKET, **(CONFIG_2 if version() >= (2, 0) else CONFIG_1)))
         pathlib.Path(CLIENT_CONFIG).write_text(f"runtime-endpoint: unix://{SOCKET}\nimage-endpoint: unix://{SOCKET}\ntimeout: 60\n")
         ready = "/run/husk-test/ready.sock"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
@@ -81,11 +103,8 @@ class Containerd:
     def load(self, *names):
         """Loads images of tests/images by name."""
         for name in names:
-            run("ctr", "-a", SOCKET, "-n", NAMESPACE, "images", "import", "--local" if self._local_import() else "--digests",
+            run("ctr", "-a", SOCKET, "-n", NAMESPACE, "images", "import", "--local" if version() >= (2, 0) else "--digests",
                 f"{self.images}/{name}.tar", timeout=300)
-
-    def _local_import(self):
-        return output("containerd", "--version").split()[2].lstrip("v").startswith("2.")
 
     def stop(self):
         """Ends the daemon; the pods stay, as on a real node."""
@@ -98,6 +117,6 @@ class Containerd:
         self.process.wait(30)
 
 
-def installed():
-    """Programs that a run needs and that are not there."""
-    return [name for name in ("containerd", "ctr", "crictl", "runc", "ip") if not shutil.which(name)]
+def installed(*more):
+    """Programs that a run needs, and `more`, of which none is there."""
+    return [name for name in ("containerd", "ctr", "crictl", "runc", "ip", *more) if not shutil.which(name)]
