@@ -30,7 +30,7 @@ def test_phases():
         print(f"{phases} µs, ready after {ready * 1e3:.0f} ms", flush=True)
         assert state == "running"
         assert [name for name, _ in phases][:3] == ["config", "jail", "memory"], phases
-        assert {name for name, _ in phases[3:]} == {"kernel", "devices", "first vcpu run"}, phases
+        assert {name for name, _ in phases[3:]} == {"memory filled", "devices", "first vcpu run"}, phases
 
 
 def test_pause_and_resume():

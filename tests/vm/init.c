@@ -1,4 +1,5 @@
 /* The guest's init in the VM tests: prints what it sees of its machine, then ends it as "husk.test=..." on the command line says. */
+#define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -8,7 +9,10 @@
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/sysinfo.h>
+#include <sys/random.h>
 #include <linux/vm_sockets.h>
+#include <sched.h>
+#include <time.h>
 #include <unistd.h>
 
 static void print_file(const char *label, const char *path) {
@@ -53,6 +57,35 @@ static void use_files(void) {
     if (umount2("/tmp", MNT_DETACH)) perror("umount");
 }
 
+/* Waits for the host as the agent of a template does: listens, tells so on the console, then answers who connects. */
+static void wait_for_host(void) {
+    struct sockaddr_vm any = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = 1024};
+    int listener = socket(AF_VSOCK, SOCK_STREAM, 0);
+    if (bind(listener, (struct sockaddr *)&any, sizeof any) || listen(listener, 1)) perror("listen");
+    printf("waiting\n");
+    for (;;) {
+        char command[16] = "";
+        unsigned char random[16];
+        struct timespec now;
+        int fd = accept(listener, NULL, NULL);
+        if (fd < 0 || read(fd, command, sizeof command - 1) <= 0) perror("accept");
+        if (!strcmp(command, "files")) use_files();
+        if (!strcmp(command, "off")) return;
+        for (int cpu = 0; cpu < get_nprocs(); cpu++) {
+            cpu_set_t set;
+            CPU_ZERO(&set);
+            CPU_SET(cpu, &set);
+            if (sched_setaffinity(0, sizeof set, &set)) perror("affinity");
+            clock_gettime(CLOCK_MONOTONIC, &now);
+            dprintf(fd, "cpu%d monotonic=%ld.%09ld random=", cpu, (long)now.tv_sec, now.tv_nsec);
+            if (getrandom(random, sizeof random, 0) != sizeof random) perror("random");
+            for (size_t i = 0; i < sizeof random; i++) dprintf(fd, "%02x", random[i]);
+            dprintf(fd, "\n");
+        }
+        close(fd);
+    }
+}
+
 int main(void) {
     char cmdline[4096] = "";
     setvbuf(stdout, NULL, _IONBF, 0);
@@ -73,6 +106,7 @@ int main(void) {
     if (!strncmp(test, "vsock", 5)) talk();
     if (!strncmp(test, "files", 5)) use_files();
     printf("ready\n");
+    if (!strncmp(test, "template", 8)) wait_for_host();
     sync();
     if (!strncmp(test, "reboot", 6)) reboot(RB_AUTOBOOT);
     if (!strncmp(test, "panic", 5)) {

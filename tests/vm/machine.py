@@ -55,24 +55,32 @@ def machine(test, cmdline="", console="hvc0", **more):
 class Vm:
     """One husk-vmm process. Every wait has a deadline."""
 
-    def __init__(self, kernel, initramfs, cmdline, vcpus=1, memory_mib=128, fs_socket=None, **more):
+    def __init__(self, kernel, initramfs, cmdline, vcpus=1, memory_mib=128, fs_socket=None, saved=None, save=None, **more):
         self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.dial, dial = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.dial.setblocking(False)
         dial.setblocking(False)
         console, console_write = os.pipe()
         fds = {
-            "kernel": os.open(kernel, os.O_RDONLY),
-            "initramfs": os.open(initramfs, os.O_RDONLY),
             "kvm": os.open("/dev/kvm", os.O_RDWR),
             "control": control.detach(),
             "dial": dial.detach(),
             "console": console_write,
         }
+        config = dict(id="test", vcpus=vcpus, memory_mib=memory_mib, **{**fds, **more})
         if fs_socket is not None:
             fds["fs"] = fs_socket.detach()
-            more["fs"] = dict(socket=fds["fs"], tag="share", request_queues=1)
-        config = dict(id="test", vcpus=vcpus, memory_mib=memory_mib, cmdline=cmdline, **{**fds, **more})
+            config["fs"] = dict(socket=fds["fs"], tag="share", request_queues=1)
+        if saved:
+            fds["state"], fds["memory"] = (os.open(saved / name, os.O_RDONLY) for name in ("state", "memory"))
+            config["start"] = dict(restore=dict(state=fds["state"], memory=fds["memory"]))
+        else:
+            fds["kernel"], fds["initramfs"] = os.open(kernel, os.O_RDONLY), os.open(initramfs, os.O_RDONLY)
+            config["start"] = dict(boot=dict(kernel=fds["kernel"], initramfs=fds["initramfs"], cmdline=cmdline))
+        if save:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            fds["save state"], fds["save memory"] = (os.open(save / name, flags, 0o600) for name in ("state", "memory"))
+            config["save"] = dict(state=fds["save state"], memory=fds["save memory"])
         config_fd, write = os.pipe()
         os.write(write, json.dumps(config).encode())
         os.close(write)
@@ -169,6 +177,14 @@ class Vm:
         kind, port = struct.unpack("<II", message)
         assert kind == 1, kind
         return port, socket.socket(fileno=fds[0])
+
+    def dial_guest(self, port):
+        """A connection to a port of the guest."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            socket.send_fds(self.dial, [struct.pack("<II", 2, port)], [theirs.fileno()])
+        ours.settimeout(60)
+        return ours
 
     def kill(self):
         """Leaves nothing behind, however the test ended."""

@@ -20,7 +20,7 @@ use clap::Parser;
 use event_manager::SubscriberOps;
 use husk_jail::seccomp::{self, ThreadKind};
 use husk_jail::{VmmJail, enter_vmm};
-use husk_vmm_api::config::VmConfig;
+use husk_vmm_api::config::{Start, VmConfig};
 use husk_vmm_api::exit::ExitReason;
 use tracing_subscriber::EnvFilter;
 
@@ -105,9 +105,15 @@ fn serve(events: &mut EventLoop, ending: &Ending) -> Result<ExitReason, Box<dyn 
 
 /// The descriptors that the configuration names and that are used after the jail is entered.
 fn keep(config: &VmConfig) -> Vec<RawFd> {
-    let fixed = [config.kernel, config.initramfs, config.kvm, config.control, config.dial, config.console];
-    let taps = config.nets.iter().map(|net| net.tap);
-    fixed.into_iter().chain(taps).chain(config.fs.as_ref().map(|fs| fs.socket)).collect()
+    let mut keep = vec![config.kvm, config.control, config.dial, config.console];
+    match &config.start {
+        Start::Boot { kernel, initramfs, .. } => keep.extend([*kernel, *initramfs]),
+        Start::Restore(snapshot) => keep.extend([snapshot.state, snapshot.memory]),
+    }
+    keep.extend(config.save.iter().flat_map(|snapshot| [snapshot.state, snapshot.memory]));
+    keep.extend(config.nets.iter().filter_map(|net| net.tap));
+    keep.extend(config.fs.as_ref().and_then(|fs| fs.socket));
+    keep
 }
 
 /// An error and its sources in one line.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use containerd_shim_protos::ttrpc::r#async::Client;
 use containerd_shim_protos::ttrpc::asynchronous::transport::Socket;
 use containerd_shim_protos::ttrpc::context;
-use husk_vmm_api::config::{FsConfig, JailConfig, NetConfig, VmConfig};
+use husk_vmm_api::config::{self, FsConfig, JailConfig, NetConfig, VmConfig};
 use husk_vmm_api::exit::ExitReason;
 use husk_vmm_api::vmm::Empty;
 use husk_vmm_api::vmm_ttrpc::VmmClient;
@@ -73,15 +73,18 @@ impl Vmm {
         let nets = start
             .taps
             .into_iter()
-            .map(|tap| NetConfig { tap: inherited.add(tap.fd), mac: tap.mac, mtu: tap.mtu })
+            .map(|tap| NetConfig { tap: Some(inherited.add(tap.fd)), mac: tap.mac, mtu: tap.mtu })
             .collect();
         let config = VmConfig {
             id: start.id.to_owned(),
             vcpus: start.size.vcpus,
             memory_mib: start.size.memory_mib,
-            cmdline: start.cmdline,
-            kernel: inherited.add(helper::open(&start.programs.kernel, false, "open the guest's kernel")?),
-            initramfs: inherited.add(helper::open(&start.programs.initramfs, false, "open the guest's initramfs")?),
+            start: config::Start::Boot {
+                kernel: inherited.add(helper::open(&start.programs.kernel, false, "open the guest's kernel")?),
+                initramfs: inherited.add(helper::open(&start.programs.initramfs, false, "open the guest's initramfs")?),
+                cmdline: start.cmdline,
+            },
+            save: None,
             kvm: inherited.add(helper::open(Path::new("/dev/kvm"), true, "open KVM")?),
             control: inherited.add(vmm_control),
             dial: inherited.add(start.dial),
@@ -89,7 +92,7 @@ impl Vmm {
             serial: start.serial,
             nets,
             fs: Some(FsConfig {
-                socket: inherited.add(start.fs),
+                socket: Some(inherited.add(start.fs)),
                 tag: SHARED_TAG.to_owned(),
                 request_queues: start.fs_request_queues,
             }),

@@ -16,12 +16,11 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, at least 64.
     pub memory_mib: u64,
-    /// Kernel command line.
-    pub cmdline: String,
-    /// The uncompressed ELF kernel (PVH), open for reading.
-    pub kernel: Fd,
-    /// The initramfs, open for reading.
-    pub initramfs: Fd,
+    /// What it begins from.
+    pub start: Start,
+    /// Where it is saved to when the shim says so; then no device may have a back end but console and vsock.
+    #[serde(default)]
+    pub save: Option<Snapshot>,
     /// /dev/kvm, open for reading and writing.
     pub kvm: Fd,
     /// Connected stream socket on which the control API is served.
@@ -44,12 +43,39 @@ pub struct VmConfig {
     pub jail: Option<JailConfig>,
 }
 
+/// What a VM begins from.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Start {
+    /// A kernel.
+    Boot {
+        /// The uncompressed ELF kernel (PVH), open for reading.
+        kernel: Fd,
+        /// The initramfs, open for reading.
+        initramfs: Fd,
+        /// Kernel command line.
+        cmdline: String,
+    },
+    /// A VM of the same shape that was saved by the same husk-vmm.
+    Restore(Snapshot),
+}
+
+/// The two files of a snapshot, see husk-snapshot: open for reading, or empty and open for writing.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Snapshot {
+    /// What is not memory.
+    pub state: Fd,
+    /// Guest memory, sparse.
+    pub memory: Fd,
+}
+
 /// One virtio-net device on a tap.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// The tap (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR), attached.
-    pub tap: Fd,
+    /// The tap (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR), attached; none in a VM that is to be saved.
+    pub tap: Option<Fd>,
     /// The guest's hardware address.
     pub mac: [u8; 6],
     /// Maximum transmission unit in bytes.
@@ -60,8 +86,8 @@ pub struct NetConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsConfig {
-    /// Connected stream socket to husk-fs (vhost-user).
-    pub socket: Fd,
+    /// Connected stream socket to husk-fs (vhost-user); none in a VM that is to be saved.
+    pub socket: Option<Fd>,
     /// virtio-fs tag, at most 36 bytes.
     pub tag: String,
     /// Number of request queues; husk-fs must serve as many.

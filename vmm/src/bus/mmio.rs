@@ -23,6 +23,11 @@ impl MmioBus {
         Self { pci }
     }
 
+    /// The PCI bus.
+    pub(crate) fn pci(&self) -> &PciBus {
+        &self.pci
+    }
+
     /// The guest reads.
     pub(crate) fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xFF);

@@ -4,6 +4,8 @@
 use std::sync::{Arc, Mutex};
 
 use husk_virtio::interrupt::PciFunction;
+use husk_virtio::transport::pci::FunctionState;
+use husk_virtio::transport::saved::SavedError;
 use husk_vmm_api::exit::ExitReason;
 
 use super::pio::Ports;
@@ -24,6 +26,22 @@ pub(crate) enum PciError {
     /// The BAR does not fit.
     #[error("A BAR of {0:#x} bytes is more than a function may have")]
     BarTooLarge(u64),
+}
+
+/// Why the functions are not what they were when saved.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RestoreError {
+    /// Another machine.
+    #[error("The snapshot has {has} PCI functions, the machine {wants}")]
+    Count {
+        /// Functions in the snapshot.
+        has: usize,
+        /// Functions of the machine.
+        wants: usize,
+    },
+    /// A function.
+    #[error(transparent)]
+    Function(#[from] SavedError),
 }
 
 /// The bus.
@@ -95,6 +113,21 @@ impl PciBus {
         if let Some(function) = self.bar(slot, offset, data.len()) {
             lock(&function.function).bar_write(offset, data);
         }
+    }
+
+    /// The states of all functions, in their order, while the vCPUs stand still.
+    pub(crate) fn save(&self) -> Result<Vec<FunctionState>, SavedError> {
+        self.functions.iter().map(|function| lock(&function.function).save()).collect()
+    }
+
+    /// Brings functions that no guest has touched into these states.
+    pub(crate) fn restore(&self, states: &[FunctionState]) -> Result<(), RestoreError> {
+        let (has, wants) = (states.len(), self.functions.len());
+        if has != wants {
+            return Err(RestoreError::Count { has, wants });
+        }
+        let restored = |(function, state): (&Function, _)| lock(&function.function).restore(state);
+        Ok(self.functions.iter().zip(states).try_for_each(restored)?)
     }
 
     fn bar(&self, slot: usize, offset: u64, len: usize) -> Option<&Function> {
@@ -181,6 +214,12 @@ mod tests {
         }
         fn bar_write(&mut self, offset: u64, data: &[u8]) {
             assert!(offset + data.len() as u64 <= 0x1000);
+        }
+        fn save(&self) -> Result<FunctionState, SavedError> {
+            Err(SavedError::Busy("memory"))
+        }
+        fn restore(&mut self, _state: &FunctionState) -> Result<(), SavedError> {
+            Err(SavedError::Busy("memory"))
         }
     }
 

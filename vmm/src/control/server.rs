@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use husk_vmm_api::vmm::{Empty, Phase, StatusResponse};
+use husk_vmm_api::vmm::{Empty, Phase, SaveResponse, StatusResponse};
 use husk_vmm_api::vmm_ttrpc::{Vmm, create_vmm};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::r#async::transport::Listener;
@@ -93,5 +93,16 @@ impl Vmm for Control {
         };
         *state = next;
         result
+    }
+
+    async fn save(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<SaveResponse> {
+        match &mut *lock(&self.machine) {
+            State::Paused(machine) => {
+                let memory = machine.save().map_err(|error| refused(&crate::chain(&error)))?;
+                tracing::info!("Saved, {} KiB of memory", memory >> 10);
+                Ok(SaveResponse { memory, ..Default::default() })
+            }
+            State::Running(_) | State::Changing => Err(refused("Only a paused machine can be saved")),
+        }
     }
 }

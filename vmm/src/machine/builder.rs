@@ -3,23 +3,27 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 
+use event_manager::SubscriberOps;
+use husk_snapshot::StateError;
 use husk_virtio::device::GuestMemory;
-use husk_vmm_api::config::VmConfig;
+use husk_vmm_api::config::{self, VmConfig};
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::boot::{BootError, Images};
 use super::devices::{self, Backends, DeviceError, EventLoop};
-use super::inherited::Inherited;
+use super::inherited::{Inherited, Snapshot, Start};
 use super::irq::Interrupts;
 use super::memory::MemoryError;
 use super::vcpu::{Buses, Template, Vcpu, VcpuError};
-use super::{Built, Ending, Shared, acpi, boot, kick, layout, memory};
+use super::barrier::{Barrier, BarrierSubscriber};
+use super::saved::{MachineState, Slot, VcpuStateError};
+use super::{Built, Ending, Saving, Shared, acpi, boot, kick, layout, memory};
 use crate::bus::mmio::MmioBus;
-use crate::bus::pci::{ConfigPorts, PciBus};
+use crate::bus::pci::{ConfigPorts, PciBus, RestoreError};
 use crate::bus::pio::PioBus;
 use crate::hw::power::{self, Power};
 use crate::hw::pvpanic::PvPanic;
@@ -74,6 +78,18 @@ pub(crate) enum BuildError {
     /// The devices.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A snapshot's state file.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A snapshot's memory file.
+    #[error(transparent)]
+    SavedMemory(#[from] husk_snapshot::MemoryError),
+    /// A snapshot's vCPU.
+    #[error(transparent)]
+    SavedVcpu(#[from] VcpuStateError),
+    /// A snapshot's devices.
+    #[error(transparent)]
+    SavedDevice(#[from] RestoreError),
 }
 
 fn kvm<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> BuildError {
@@ -100,44 +116,114 @@ pub(crate) fn build(
     ending: Arc<Ending>,
     phases: Phases,
 ) -> Result<Built, BuildError> {
-    let Inherited { mut kernel, mut initramfs, kvm: system, console, dial, taps, fs } = inherited;
+    let Inherited { start, save, kvm: system, console, dial, taps, fs } = inherited;
     kick::prepare().map_err(kvm("install the signal handler for vCPUs"))?;
     let vm = create_vm(&system)?;
     let memory = memory::create(config.memory_mib * layout::MIB)?;
     memory::attach(&vm, &memory)?;
     phases.end("memory");
 
-    let tables = acpi::tables(config.vcpus, config.serial);
-    let (entry, parts) = thread::scope(|scope| {
+    let (beginning, parts) = thread::scope(|scope| {
         let loading = thread::Builder::new().name("load".into()).spawn_scoped(scope, || {
-            let images =
-                Images { kernel: &mut kernel, initramfs: &mut initramfs, cmdline: &config.cmdline, acpi: &tables };
-            let entry = boot::load(&memory, images);
-            phases.end("kernel");
-            entry
+            let beginning = fill(config, &memory, start);
+            phases.end("memory filled");
+            beginning
         });
-        let loading = loading.map_err(kvm("start a thread to load the kernel"))?;
+        let loading = loading.map_err(kvm("start a thread to fill the memory"))?;
         let serial_output = config.serial.then(|| console.try_clone()).transpose().map_err(kvm("share the console"))?;
         let backends = Backends { console, dial, taps, fs };
-        let parts = Parts::new(config, &system, vm, &memory, backends, serial_output, events);
+        let parts = Parts::new(config, &system, &vm, &memory, backends, serial_output, events);
         phases.end("devices");
-        let Ok(entry) = loading.join() else {
-            return Err(BuildError::Unsupported("this kernel: its loader panicked".into()));
+        let Ok(beginning) = loading.join() else {
+            return Err(BuildError::Unsupported("this kernel or snapshot: its loader panicked".into()));
         };
-        Ok::<_, BuildError>((entry?, parts?))
+        Ok::<_, BuildError>((beginning?, parts?))
     })?;
-
-    if let Some(first) = parts.vcpus.first() {
-        first.enter_kernel(entry)?;
+    let Parts { mut vcpus, buses } = parts;
+    match beginning {
+        Beginning::Kernel(entry) => vcpus.first().map_or(Ok(()), |first| first.enter_kernel(entry))?,
+        Beginning::Saved(state) => {
+            restore(&state, &vm, &vcpus, &buses)?;
+            phases.end("restored");
+        }
     }
+    let saving = save.map(|files| prepare_saving(&system, vm, &mut vcpus, files, events)).transpose()?;
     let run_size = system.get_vcpu_mmap_size().map_err(kvm("learn the size of a vCPU's page"))?;
-    let vcpus = parts.vcpus.into_iter().map(|vcpu| {
+    let vcpus = vcpus.into_iter().map(|vcpu| {
         let page = vcpu.kicker(run_size).map_err(kvm("map a vCPU's page"))?;
         Ok((vcpu, page))
     });
     let vcpus = vcpus.collect::<Result<_, BuildError>>()?;
-    let shared = Shared { buses: parts.buses, gate: Arc::default(), ending, phases, _memory: memory };
-    Ok(Built { vcpus, shared: Arc::new(shared) })
+    let shared = Shared { buses, gate: Arc::default(), ending, phases, memory };
+    Ok(Built { vcpus, shared: Arc::new(shared), saving })
+}
+
+/// What is in memory now.
+enum Beginning {
+    /// A kernel, to be entered here.
+    Kernel(u64),
+    /// A machine that was saved in this state.
+    Saved(Box<MachineState>),
+}
+
+/// Fills guest memory with what the machine begins from.
+fn fill(config: &VmConfig, memory: &GuestMemory, start: Start) -> Result<Beginning, BuildError> {
+    match (start, &config.start) {
+        (Start::Boot { mut kernel, mut initramfs }, config::Start::Boot { cmdline, .. }) => {
+            let acpi = acpi::tables(config.vcpus, config.serial);
+            let images = Images { kernel: &mut kernel, initramfs: &mut initramfs, cmdline, acpi: &acpi };
+            Ok(Beginning::Kernel(boot::load(memory, images)?))
+        }
+        (Start::Restore(Snapshot { mut state, memory: file }), _) => {
+            let (state, _) = husk_snapshot::read_state::<MachineState>(&mut state)?;
+            let ranges = husk_snapshot::memory::filled(memory, &file)?;
+            for part in memory::worth_huge(&ranges) {
+                memory::make_huge(memory, part);
+            }
+            husk_snapshot::memory::restore(memory, &file, &ranges)?;
+            Ok(Beginning::Saved(Box::new(state)))
+        }
+        (Start::Boot { .. }, config::Start::Restore(_)) => {
+            Err(BuildError::Unsupported("a configuration that is not the one its descriptors were taken by".into()))
+        }
+    }
+}
+
+/// Brings a machine that has not run into a saved state. Interrupts that the devices raise meanwhile find their controllers ready.
+fn restore(state: &MachineState, vm: &VmFd, vcpus: &[Vcpu], buses: &Buses) -> Result<(), BuildError> {
+    if state.vcpus.len() != vcpus.len() {
+        let what = "The number of the snapshot's vCPUs";
+        let wants = vcpus.len() as u64;
+        return Err(BuildError::Config { what, value: state.vcpus.len() as u64, least: wants, most: wants });
+    }
+    state.controllers.restore(vm).map_err(kvm("restore the interrupt controllers and the clock"))?;
+    vcpus.iter().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state))?;
+    Ok(buses.mmio.pci().restore(&state.functions)?)
+}
+
+/// Makes a machine that can be saved.
+fn prepare_saving(
+    system: &Kvm,
+    vm: Arc<VmFd>,
+    vcpus: &mut [Vcpu],
+    files: Snapshot,
+    events: &mut EventLoop,
+) -> Result<Saving, BuildError> {
+    /// Bytes of KVM_GET_XSAVE, without features that the guest is not given.
+    const XSAVE: i32 = 4096;
+    let size = system.check_extension_int(Cap::Xsave2);
+    if size > XSAVE {
+        return Err(BuildError::Unsupported(format!("saving: a processor's extended state has {size} bytes")));
+    }
+    let msrs = system.get_msr_index_list().map_err(kvm("learn which MSRs to save"))?;
+    let msrs: Arc<[u32]> = msrs.as_slice().into();
+    let slots: Vec<Slot> = vcpus.iter().map(|_| Slot::default()).collect();
+    for (vcpu, slot) in vcpus.iter_mut().zip(&slots) {
+        vcpu.save_to(slot.clone(), msrs.clone());
+    }
+    let barrier = Arc::new(Barrier::new().map_err(kvm("make an event"))?);
+    events.add_subscriber(Arc::new(Mutex::new(BarrierSubscriber(barrier.clone()))));
+    Ok(Saving { vm, barrier, slots, files })
 }
 
 /// An empty VM.
@@ -164,7 +250,7 @@ impl Parts {
     fn new(
         config: &VmConfig,
         system: &Kvm,
-        vm: Arc<VmFd>,
+        vm: &Arc<VmFd>,
         memory: &Arc<GuestMemory>,
         backends: Backends,
         serial_output: Option<OwnedFd>,
@@ -177,7 +263,7 @@ impl Parts {
             cpuid: &cpuid,
             tsc_deadline: system.check_extension(Cap::TscDeadlineTimer),
         };
-        let vcpus = (0..config.vcpus).map(|id| Vcpu::new(&vm, id, &template)).collect::<Result<_, _>>()?;
+        let vcpus = (0..config.vcpus).map(|id| Vcpu::new(vm, id, &template)).collect::<Result<_, _>>()?;
 
         let mut pci = PciBus::default();
         devices::attach(config, backends, &interrupts, memory, events, &mut pci)?;

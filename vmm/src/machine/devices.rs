@@ -35,7 +35,7 @@ const GUEST_CID: u32 = 3;
 pub(crate) struct Backends {
     pub(crate) console: OwnedFd,
     pub(crate) dial: OwnedFd,
-    pub(crate) taps: Vec<OwnedFd>,
+    pub(crate) taps: Vec<Option<OwnedFd>>,
     pub(crate) fs: Option<UnixStream>,
 }
 
@@ -87,11 +87,12 @@ pub(crate) fn attach(
     put(Rng::attach(Entropy)?)?;
     put(Console::attach(Sink::new(backends.console).map_err(backend("console"))?)?)?;
     put(Vsock::attach(DialChannel::new(backends.dial).map_err(backend("vsock"))?, GUEST_CID)?)?;
-    if let (Some(fs), Some(socket)) = (&config.fs, backends.fs) {
-        put(Fs::attach(socket, &fs.tag, fs.request_queues)?)?;
+    if let Some(fs) = &config.fs {
+        put(Fs::attach(backends.fs, &fs.tag, fs.request_queues)?)?;
     }
     for (net, tap) in config.nets.iter().zip(backends.taps) {
-        put(Net::attach(Tap::new(tap).map_err(backend("net"))?, net.mac, net.mtu)?)?;
+        let tap = tap.map(Tap::new).transpose().map_err(backend("net"))?;
+        put(Net::attach(tap, net.mac, net.mtu)?)?;
     }
     Ok(())
 }

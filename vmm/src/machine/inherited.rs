@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use husk_vmm_api::config::{Fd, VmConfig};
+use husk_vmm_api::config::{self, Fd, VmConfig};
 use kvm_ioctls::Kvm;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 
@@ -22,14 +22,26 @@ pub(crate) struct InheritedError {
 
 /// All of them.
 pub(crate) struct Inherited {
-    pub(crate) kernel: File,
-    pub(crate) initramfs: File,
+    pub(crate) start: Start,
+    pub(crate) save: Option<Snapshot>,
     pub(crate) kvm: Kvm,
     pub(crate) dial: OwnedFd,
     pub(crate) console: OwnedFd,
     /// Taps, in the order of the configuration.
-    pub(crate) taps: Vec<OwnedFd>,
+    pub(crate) taps: Vec<Option<OwnedFd>>,
     pub(crate) fs: Option<UnixStream>,
+}
+
+/// What the machine begins from.
+pub(crate) enum Start {
+    Boot { kernel: File, initramfs: File },
+    Restore(Snapshot),
+}
+
+/// A snapshot's files.
+pub(crate) struct Snapshot {
+    pub(crate) state: File,
+    pub(crate) memory: File,
 }
 
 /// Takes descriptors, each number once.
@@ -65,20 +77,32 @@ impl Taker {
             fd: config.console,
             reason: e.to_string(),
         })?;
+        let start = match &config.start {
+            config::Start::Boot { kernel, initramfs, .. } => Start::Boot {
+                kernel: self.take("kernel", *kernel)?.into(),
+                initramfs: self.take("initramfs", *initramfs)?.into(),
+            },
+            config::Start::Restore(snapshot) => Start::Restore(self.take_snapshot(snapshot)?),
+        };
+        let taps = config.nets.iter().map(|net| net.tap.map(|tap| self.take("tap", tap)).transpose());
+        let taps = taps.collect::<Result<_, _>>()?;
+        let socket = config.fs.as_ref().and_then(|fs| fs.socket);
         Ok(Inherited {
-            kernel: self.take("kernel", config.kernel)?.into(),
-            initramfs: self.take("initramfs", config.initramfs)?.into(),
+            start,
+            save: config.save.as_ref().map(|snapshot| self.take_snapshot(snapshot)).transpose()?,
             // SAFETY: the descriptor is open and owned, and its ownership goes to the new object.
             kvm: unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) },
             dial: self.take("dial socket", config.dial)?,
             console,
-            taps: config.nets.iter().map(|net| self.take("tap", net.tap)).collect::<Result<_, _>>()?,
-            fs: config
-                .fs
-                .as_ref()
-                .map(|fs| self.take("file system socket", fs.socket))
-                .transpose()?
-                .map(UnixStream::from),
+            taps,
+            fs: socket.map(|fd| self.take("file system socket", fd)).transpose()?.map(UnixStream::from),
+        })
+    }
+
+    fn take_snapshot(&mut self, files: &config::Snapshot) -> Result<Snapshot, InheritedError> {
+        Ok(Snapshot {
+            state: self.take("snapshot's state", files.state)?.into(),
+            memory: self.take("snapshot's memory", files.memory)?.into(),
         })
     }
 }

@@ -123,6 +123,32 @@ pub(crate) fn make_huge(memory: &GuestMemory, part: Range<u64>) {
     }
 }
 
+/// Of the ranges, sorted, that a saved machine fills: the huge pages that are worth it, an eighth of each filled at least.
+pub(crate) fn worth_huge(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut pages: Vec<(u64, u64)> = Vec::new();
+    for range in ranges {
+        let mut start = range.start;
+        while start < range.end {
+            let page = start / HUGE_PAGE * HUGE_PAGE;
+            let end = range.end.min(page + HUGE_PAGE);
+            match pages.last_mut() {
+                Some((last, filled)) if *last == page => *filled += end - start,
+                _ => pages.push((page, end - start)),
+            }
+            start = end;
+        }
+    }
+    let worth = pages.into_iter().filter(|(_, filled)| *filled >= HUGE_PAGE / 8);
+    let mut parts: Vec<Range<u64>> = Vec::new();
+    for (page, _) in worth {
+        match parts.last_mut() {
+            Some(last) if last.end == page => last.end = page + HUGE_PAGE,
+            _ => parts.push(page..page + HUGE_PAGE),
+        }
+    }
+    parts
+}
+
 /// Shows the memory to the guest.
 ///
 /// The caller keeps `memory` for as long as the VM lives.
@@ -148,6 +174,15 @@ pub(crate) fn attach(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError>
 mod tests {
     use super::*;
     use vm_memory::Bytes;
+
+    #[test]
+    fn well_filled_huge_pages_are_worth_it() {
+        let (page, eighth) = (HUGE_PAGE, HUGE_PAGE / 8);
+        let filled = [0..eighth, page - 10..page + eighth, 2 * page..2 * page + eighth - 1, 5 * page..5 * page + eighth / 2];
+        assert_eq!(worth_huge(&filled), [0..2 * page]);
+        assert_eq!(worth_huge(&[page..4 * page]), [page..4 * page]);
+        assert!(worth_huge(&[]).is_empty());
+    }
 
     #[test]
     fn memory_is_shared_and_sealed() {

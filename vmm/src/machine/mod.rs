@@ -1,6 +1,7 @@
 //! The machine: memory, vCPUs and buses under KVM. Its states are types: what may not be called in a state does not exist there.
 
 mod acpi;
+mod barrier;
 mod boot;
 mod builder;
 mod cpuid;
@@ -13,6 +14,7 @@ mod kick;
 pub(crate) mod layout;
 mod memory;
 mod msr;
+mod saved;
 mod vcpu;
 
 use std::io;
@@ -21,32 +23,44 @@ use std::thread;
 use std::time::Duration;
 
 use husk_jail::seccomp::{self, SeccompError, ThreadKind};
+use husk_snapshot::{MemoryError, StateError};
 use husk_virtio::device::GuestMemory;
+use husk_virtio::transport::saved::SavedError;
 use husk_vmm_api::exit::ExitReason;
+use kvm_ioctls::VmFd;
 
 pub(crate) use builder::{build, check};
 pub(crate) use devices::EventLoop;
 pub(crate) use ending::{Ending, EndingSubscriber};
 pub(crate) use inherited::Taker;
 
+use crate::lock::lock;
 use crate::phases::Phases;
+use barrier::Barrier;
 use gate::Gate;
+use inherited::Snapshot;
 use kick::{Kicker, RunPage};
+use saved::{Controllers, MachineState, Slot, VcpuStateError};
 use vcpu::{Buses, Vcpu};
 
 /// Longest wait for the vCPUs to pause; leaving KVM_RUN takes microseconds.
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 
+/// Longest wait for the event loop to do what there is to do.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
+
 /// A machine that has not run yet.
 pub(crate) struct Built {
     vcpus: Vec<(Vcpu, RunPage)>,
     shared: Arc<Shared>,
+    saving: Option<Saving>,
 }
 
 /// A machine whose vCPUs run.
 pub(crate) struct Running {
     vcpus: Vec<Kicker>,
     shared: Arc<Shared>,
+    saving: Option<Saving>,
 }
 
 /// A machine whose vCPUs stand still.
@@ -59,7 +73,45 @@ struct Shared {
     ending: Arc<Ending>,
     phases: Phases,
     /// KVM knows it by address: it must live as long as any vCPU.
-    _memory: Arc<GuestMemory>,
+    memory: Arc<GuestMemory>,
+}
+
+/// What a VM needs that is to be saved.
+struct Saving {
+    vm: Arc<VmFd>,
+    barrier: Arc<Barrier>,
+    /// Where each vCPU leaves its state.
+    slots: Vec<Slot>,
+    files: Snapshot,
+}
+
+/// Why a VM was not saved; it is as it was.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SaveError {
+    /// The configuration names no files.
+    #[error("This VM was not started to be saved")]
+    NoFiles,
+    /// The devices' thread is stuck.
+    #[error("Waited {} s for the devices to come to rest", SETTLE_LIMIT.as_secs())]
+    Timeout,
+    /// A vCPU paused before it could be told to leave its state.
+    #[error("vCPU {0} left no state")]
+    NoState(usize),
+    /// A vCPU's state.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// Interrupt controllers or clock.
+    #[error("Could not read the interrupt controllers and the clock")]
+    Controllers(#[source] io::Error),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] SavedError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The state file.
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 /// Why the vCPUs do not run.
@@ -102,7 +154,7 @@ impl Built {
                 .map_err(|source| StartError { id, source })?;
             vcpus.push(Kicker::new(page, thread));
         }
-        Ok(Running { vcpus, shared: self.shared })
+        Ok(Running { vcpus, shared: self.shared, saving: self.saving })
     }
 }
 
@@ -134,6 +186,25 @@ impl Running {
 }
 
 impl Paused {
+    /// Writes the machine into the files of its configuration; returns the bytes of memory that were not zero.
+    pub(crate) fn save(&mut self) -> Result<u64, SaveError> {
+        let Running { shared, saving, .. } = &mut self.0;
+        let saving = saving.as_mut().ok_or(SaveError::NoFiles)?;
+        if !saving.barrier.pass(SETTLE_LIMIT) {
+            return Err(SaveError::Timeout);
+        }
+        let states = saving.slots.iter().enumerate();
+        let states = states.map(|(id, slot)| Ok(lock(slot).take().ok_or(SaveError::NoState(id))??));
+        let state = MachineState {
+            vcpus: states.collect::<Result<_, SaveError>>()?,
+            controllers: Controllers::save(&saving.vm).map_err(SaveError::Controllers)?,
+            functions: shared.buses.mmio.pci().save()?,
+        };
+        let sum = husk_snapshot::memory::save(&shared.memory, &saving.files.memory)?;
+        husk_snapshot::write_state(&mut saving.files.state, &state, sum)?;
+        Ok(sum.len)
+    }
+
     /// Lets the vCPUs run on.
     pub(crate) fn resume(self) -> Running {
         self.0.shared.gate.open();

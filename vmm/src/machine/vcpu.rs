@@ -8,9 +8,11 @@ use kvm_bindings::{CpuId, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use super::gate::Gate;
+use super::saved::{Saver, Slot, VcpuState, VcpuStateError};
 use super::{cpuid, kick, layout, msr};
 use crate::bus::mmio::MmioBus;
 use crate::bus::pio::PioBus;
+use crate::lock::lock;
 
 /// Why a vCPU could not be made ready.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +46,8 @@ pub(crate) struct Buses {
 pub(crate) struct Vcpu {
     id: u8,
     fd: VcpuFd,
+    /// Where it leaves its state when it pauses, in a VM that is to be saved.
+    saver: Option<Saver>,
 }
 
 impl Vcpu {
@@ -56,7 +60,17 @@ impl Vcpu {
         fd.set_cpuid2(&cpuid).map_err(|e| failed("CPUID")(e.into()))?;
         msr::set(&fd).map_err(failed("MSRs"))?;
         connect_lapic(&fd).map_err(failed("local APIC"))?;
-        Ok(Self { id, fd })
+        Ok(Self { id, fd, saver: None })
+    }
+
+    /// Has it leave its state in the slot whenever it pauses. `msrs` are those that KVM saves.
+    pub(crate) fn save_to(&mut self, slot: Slot, msrs: Arc<[u32]>) {
+        self.saver = Some(Saver { slot, msrs });
+    }
+
+    /// Puts it into a saved state, instead of [`Self::enter_kernel`].
+    pub(crate) fn restore(&self, state: &VcpuState) -> Result<(), VcpuStateError> {
+        state.restore(&self.fd)
     }
 
     /// Has it begin at `entry` as PVH wants it: flat 32-bit protected mode, paging off, EBX at the start information.
@@ -81,10 +95,20 @@ impl Vcpu {
         kick::RunPage::map(&self.fd, run_size)
     }
 
+    /// Saves the state, if it is wanted. What the last exit left half done KVM completes at the next entry, which is to end at once
+    /// (kvm/api.rst, "KVM_RUN").
+    fn leave_state(&mut self) {
+        let Some(saver) = &self.saver else { return };
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        *lock(&saver.slot) = Some(VcpuState::save(&self.fd, &saver.msrs));
+    }
+
     /// Runs until the VM ends; pauses where the gate says so.
     pub(crate) fn run(mut self, buses: &Buses, gate: &Arc<Gate>) -> ExitReason {
         loop {
             if gate.closed() {
+                self.leave_state();
                 self.fd.set_kvm_immediate_exit(0);
                 gate.wait();
                 // The guest's watchdogs learn that it did not run (KVM_KVMCLOCK_CTRL); a guest without kvmclock has none to tell.

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -53,4 +54,16 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
     /// The driver resets the device: stop using queues and memory before returning.
     fn reset(&mut self);
+    /// How far the device is in each queue, for a snapshot; called while the vCPUs stand still. None if the device holds what a
+    /// snapshot can't keep.
+    fn positions(&self) -> Option<Vec<Position>>;
+}
+
+/// How far a device is in a queue: free-running indices (virtio 1.2, 2.7.6 and 2.7.8).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// The next entry of the available ring to take.
+    pub available: u16,
+    /// The next entry of the used ring to fill.
+    pub used: u16,
 }

@@ -14,7 +14,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device::{ActivateError, Activation, GuestMemory, VirtioDevice};
+use crate::device::{ActivateError, Activation, GuestMemory, Position, VirtioDevice};
 use crate::interrupt::Interrupt;
 use crate::served::{Attached, read_config};
 
@@ -41,7 +41,8 @@ pub enum FsError {
 
 /// The file system device.
 pub struct Fs {
-    back_end: VhostUser,
+    /// None in a machine that becomes a template: its driver can start the device, and no request is answered.
+    back_end: Option<VhostUser>,
     request_queues: u16,
     /// tag, num_request_queues (virtio 1.2, 5.11.4).
     config: [u8; TAG_LEN + 4],
@@ -55,30 +56,32 @@ type SharedInterrupt = Arc<Mutex<Option<Arc<dyn Interrupt>>>>;
 
 /// The device's part on the event loop: sees the back end's end, and its silence.
 struct Watch {
-    watchdog: Watchdog,
+    watchdog: Option<Watchdog>,
     interrupt: SharedInterrupt,
 }
 
 impl Fs {
-    /// Joins the device with the back end behind a connected socket. Negotiates, so it waits for the back end, 2 s at most.
-    pub fn attach(socket: UnixStream, tag: &str, request_queues: u16) -> Result<Attached, FsError> {
+    /// Joins the device with the back end behind a connected socket. Negotiates, so it waits for the back end, 2 s at most. Without one
+    /// the device offers what husk-fs does.
+    pub fn attach(socket: Option<UnixStream>, tag: &str, request_queues: u16) -> Result<Attached, FsError> {
         if tag.is_empty() || tag.len() > TAG_LEN {
             return Err(FsError::Tag(tag.len()));
         }
         if !(1..=254).contains(&request_queues) {
             return Err(FsError::Queues(request_queues));
         }
-        let back_end = VhostUser::connect(socket, request_queues + 1)?;
+        let back_end = socket.map(|socket| VhostUser::connect(socket, request_queues + 1)).transpose()?;
         let mut config = [0; TAG_LEN + 4];
         config[..tag.len()].copy_from_slice(tag.as_bytes());
         config[TAG_LEN..].copy_from_slice(&u32::from(request_queues).to_le_bytes());
         let interrupt = SharedInterrupt::default();
-        let watch = Watch { watchdog: back_end.watchdog(), interrupt: interrupt.clone() };
+        let watch = Watch { watchdog: back_end.as_ref().map(VhostUser::watchdog), interrupt: interrupt.clone() };
         let device = Self { back_end, request_queues, config, running: Vec::new(), interrupt };
         Ok(Attached { device: Arc::new(Mutex::new(device)), subscriber: Arc::new(Mutex::new(watch)) })
     }
 
     fn start(&mut self, activation: &Activation) -> Result<(), String> {
+        let Some(back_end) = &mut self.back_end else { return Ok(()) };
         let regions = regions(&activation.memory)?;
         // A queue that the driver gave no vector still needs an event to signal.
         let calls = (0..)
@@ -93,7 +96,7 @@ impl Fs {
             }
         }
         self.running = vrings.iter().map(|vring| vring.index).collect();
-        self.back_end.start(activation.features, &regions, &vrings).map_err(|error| with_sources(&error))
+        back_end.start(activation.features, &regions, &vrings).map_err(|error| with_sources(&error))
     }
 }
 
@@ -112,7 +115,8 @@ impl VirtioDevice for Fs {
     }
 
     fn features(&self) -> u64 {
-        FEATURES & self.back_end.features() | 1 << VIRTIO_F_VERSION_1
+        let back_end = self.back_end.as_ref().map_or(FEATURES, VhostUser::features);
+        FEATURES & back_end | 1 << VIRTIO_F_VERSION_1
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -128,20 +132,28 @@ impl VirtioDevice for Fs {
     fn reset(&mut self) {
         *self.interrupt.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let running = std::mem::take(&mut self.running);
-        if let Err(error) = self.back_end.stop(&running) {
+        if let Some(back_end) = &mut self.back_end
+            && let Err(error) = back_end.stop(&running)
+        {
             tracing::warn!(error = with_sources(&error), "could not stop the file system's queues");
         }
+    }
+
+    fn positions(&self) -> Option<Vec<Position>> {
+        // What a back end has done with the queues is its own.
+        self.back_end.is_none().then(|| vec![Position::default(); usize::from(self.request_queues) + 1])
     }
 }
 
 impl MutEventSubscriber for Watch {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        if events.fd() == self.watchdog.timer() {
-            self.watchdog.expired();
+        let Some(watchdog) = &self.watchdog else { return };
+        if events.fd() == watchdog.timer() {
+            watchdog.expired();
             return;
         }
         tracing::error!("the file system's back end closed its connection");
-        if let Err(error) = ops.remove(Events::empty_raw(self.watchdog.connection())) {
+        if let Err(error) = ops.remove(Events::empty_raw(watchdog.connection())) {
             tracing::error!(?error, "could not stop watching the file system's back end");
         }
         if let Some(interrupt) = &*self.interrupt.lock().unwrap_or_else(PoisonError::into_inner) {
@@ -150,9 +162,10 @@ impl MutEventSubscriber for Watch {
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
+        let Some(watchdog) = &self.watchdog else { return };
         let watched: [(RawFd, EventSet); 2] = [
-            (self.watchdog.timer(), EventSet::IN | EventSet::EDGE_TRIGGERED),
-            (self.watchdog.connection(), EventSet::READ_HANG_UP),
+            (watchdog.timer(), EventSet::IN | EventSet::EDGE_TRIGGERED),
+            (watchdog.connection(), EventSet::READ_HANG_UP),
         ];
         for (fd, set) in watched {
             if let Err(error) = ops.add(Events::new_raw(fd, set)) {

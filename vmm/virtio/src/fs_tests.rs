@@ -33,7 +33,7 @@ fn activation(memory: &Arc<GuestMemory>, counts: &Arc<Counts>) -> Activation {
 fn hands_memory_and_queues_over_and_takes_them_back() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let back_end = BackEnd::start(theirs, 3);
-    let attached = Fs::attach(ours, "husk", 1).unwrap();
+    let attached = Fs::attach(Some(ours), "husk", 1).unwrap();
     let mut device = attached.device.lock().unwrap();
     assert_eq!(device.queue_max_sizes(), [1024, 1024]);
     let mut config = [0xee; 44];
@@ -67,7 +67,7 @@ fn hands_memory_and_queues_over_and_takes_them_back() {
 fn a_back_end_that_closes_is_noticed() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let back_end = BackEnd::start(theirs.try_clone().unwrap(), 3);
-    let attached = Fs::attach(ours, "husk", 1).unwrap();
+    let attached = Fs::attach(Some(ours), "husk", 1).unwrap();
     let (memory, counts) = (shared_memory(), Arc::new(Counts::default()));
     attached.device.lock().unwrap().activate(activation(&memory, &counts)).unwrap();
     let mut events = EventManager::new().unwrap();
@@ -84,7 +84,7 @@ fn a_back_end_that_closes_is_noticed() {
 fn a_silent_back_end_costs_two_seconds_and_no_more() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
     let begun = Instant::now();
-    assert!(Fs::attach(ours, "husk", 1).is_err());
+    assert!(Fs::attach(Some(ours), "husk", 1).is_err());
     assert!(begun.elapsed() < Duration::from_secs(4));
 }
 
@@ -92,7 +92,7 @@ fn a_silent_back_end_costs_two_seconds_and_no_more() {
 fn the_event_loop_cuts_a_stop_that_is_not_answered() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let back_end = BackEnd::start(theirs, 3);
-    let attached = Fs::attach(ours, "husk", 1).unwrap();
+    let attached = Fs::attach(Some(ours), "husk", 1).unwrap();
     let (memory, counts) = (shared_memory(), Arc::new(Counts::default()));
     attached.device.lock().unwrap().activate(activation(&memory, &counts)).unwrap();
     let held = back_end.hold();
@@ -114,11 +114,11 @@ fn the_event_loop_cuts_a_stop_that_is_not_answered() {
 fn refuses_what_the_back_end_or_the_device_can_not_do() {
     for (tag, queues) in [("", 1), ("x", 0), ("x", 255), ("0123456789012345678901234567890123456", 1)] {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        assert!(Fs::attach(ours, tag, queues).is_err());
+        assert!(Fs::attach(Some(ours), tag, queues).is_err());
     }
     let (ours, theirs) = UnixStream::pair().unwrap();
     let back_end = BackEnd::start(theirs, 3);
-    let error = Fs::attach(ours, "husk", 3).err().unwrap();
+    let error = Fs::attach(Some(ours), "husk", 3).err().unwrap();
     assert!(matches!(error, FsError::BackEnd(VhostUserError::Queues { has: 3, needs: 4 })));
     back_end.finish();
 }
@@ -128,7 +128,7 @@ fn memory_without_a_file_can_not_be_shared() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let back_end = BackEnd::start(theirs, 3);
     assert!(ours.as_raw_fd() >= 0);
-    let attached = Fs::attach(ours, "husk", 1).unwrap();
+    let attached = Fs::attach(Some(ours), "husk", 1).unwrap();
     let counts = Arc::new(Counts::default());
     let error = attached.device.lock().unwrap().activate(activation(&crate::testing::memory(), &counts)).unwrap_err();
     assert!(error.reason.contains("not backed by a file"));

@@ -5,6 +5,9 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::transport::pci::FunctionState;
+use crate::transport::saved::SavedError;
+
 /// How a device tells its driver something.
 pub trait Interrupt: Send + Sync {
     /// Buffers of this queue were used.
@@ -47,4 +50,8 @@ pub trait PciFunction: Send {
     fn bar_read(&mut self, offset: u64, data: &mut [u8]);
     /// Writes to BAR 0.
     fn bar_write(&mut self, offset: u64, data: &[u8]);
+    /// The state for a snapshot, while the vCPUs stand still.
+    fn save(&self) -> Result<FunctionState, SavedError>;
+    /// Brings a function that no guest has touched into the state.
+    fn restore(&mut self, state: &FunctionState) -> Result<(), SavedError>;
 }

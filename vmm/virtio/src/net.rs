@@ -31,7 +31,8 @@ const MIN_MTU: u16 = 68;
 
 /// The network device.
 pub struct Net {
-    tap: Tap,
+    /// None in a machine that becomes a template: nothing comes, and what is sent is lost.
+    tap: Option<Tap>,
     /// mac, status, max_virtqueue_pairs, mtu (virtio 1.2, 5.1.4).
     config: [u8; 12],
     mergeable: bool,
@@ -51,8 +52,8 @@ enum Delivery {
 }
 
 impl Net {
-    /// Joins the device with a tap.
-    pub fn attach(tap: Tap, mac: [u8; 6], mtu: u16) -> Result<Attached, AttachError> {
+    /// Joins the device with a tap; without one its driver can start it, and that is all.
+    pub fn attach(tap: Option<Tap>, mac: [u8; 6], mtu: u16) -> Result<Attached, AttachError> {
         if mtu < MIN_MTU {
             let source = io::Error::new(io::ErrorKind::InvalidInput, format!("an MTU of {mtu} is below {MIN_MTU}"));
             return Err(AttachError { device: <Self as Model>::NAME, source });
@@ -60,7 +61,7 @@ impl Net {
         Served::attach(Self::new(tap, mac, mtu))
     }
 
-    fn new(tap: Tap, mac: [u8; 6], mtu: u16) -> Self {
+    fn new(tap: Option<Tap>, mac: [u8; 6], mtu: u16) -> Self {
         let mut config = [0; 12];
         config[..6].copy_from_slice(&mac);
         config[6..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
@@ -91,10 +92,8 @@ impl Net {
     }
 
     fn read_frame(&mut self) -> bool {
-        if !self.readable {
-            return false;
-        }
-        match self.tap.read(&mut self.frame) {
+        let Some(tap) = self.tap.as_ref().filter(|_| self.readable) else { return false };
+        match tap.read(&mut self.frame) {
             Transfer::Bytes(len) if len >= HEADER_LEN => {
                 self.frame_len = len;
                 true
@@ -156,10 +155,11 @@ impl Net {
                 break;
             };
             let readable = chain.readable();
-            let sent = if (HEADER_LEN..=MAX_FRAME).contains(&readable.len()) {
-                readable.slices(&memory, 0, readable.len()).is_ok_and(|slices| self.tap.write(&slices).is_ok())
-            } else {
-                false
+            let sent = match &self.tap {
+                Some(tap) if (HEADER_LEN..=MAX_FRAME).contains(&readable.len()) => {
+                    readable.slices(&memory, 0, readable.len()).is_ok_and(|slices| tap.write(&slices).is_ok())
+                }
+                _ => false,
             };
             if !sent {
                 self.dropped += 1;
@@ -205,7 +205,8 @@ impl Model for Net {
     }
 
     fn watched(&self) -> Vec<(RawFd, EventSet)> {
-        vec![(self.tap.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED)]
+        let tap = self.tap.iter().map(|tap| (tap.as_raw_fd(), EventSet::IN | EventSet::EDGE_TRIGGERED));
+        tap.collect()
     }
 
     fn host_event(&mut self, _events: EventSet) {
@@ -215,7 +216,8 @@ impl Model for Net {
     fn start(&mut self, features: u64) -> Result<(), io::Error> {
         let has = |bit: u32| features & (1 << bit) != 0;
         self.mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
-        self.tap.set_offloads(Offloads {
+        let Some(tap) = &self.tap else { return Ok(()) };
+        tap.set_offloads(Offloads {
             checksum: has(VIRTIO_NET_F_GUEST_CSUM),
             tso4: has(VIRTIO_NET_F_GUEST_TSO4),
             tso6: has(VIRTIO_NET_F_GUEST_TSO6),
@@ -226,6 +228,10 @@ impl Model for Net {
         tracing::debug!(dropped = self.dropped, "the driver reset the network device");
         self.frame_len = 0;
         self.readable = true;
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.tap.is_none()
     }
 
     fn serve(&mut self, queues: &mut [VirtQueue]) -> Result<bool, QueueError> {

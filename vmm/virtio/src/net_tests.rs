@@ -25,7 +25,7 @@ fn tap(name: &str) -> Option<(Tap, OwnedFd)> {
 fn setup(name: &str, features: u64) -> Option<World> {
     let memory = memory();
     let (tap, wire) = tap(name)?;
-    let mut net = Net::new(tap, [2, 0, 0, 0, 0, 1], 1500);
+    let mut net = Net::new(Some(tap), [2, 0, 0, 0, 0, 1], 1500);
     net.start(features).unwrap();
     let drivers = [0x10000, 0x20000].map(|base| Driver::new(&memory, base, 256));
     let counts = Arc::new(Counts::default());
@@ -122,7 +122,7 @@ fn without_mergeable_buffers_a_frame_that_does_not_fit_is_dropped() {
 #[test]
 fn configuration_is_as_given() {
     let Some((tap, _wire)) = tap("husk-t3") else { return };
-    let net = Net::new(tap, [2, 0, 0, 0, 0, 1], 1400);
+    let net = Net::new(Some(tap), [2, 0, 0, 0, 0, 1], 1400);
     let mut data = [0xaa; 16];
     crate::served::read_config(net.config(), 0, &mut data);
     assert_eq!(data[..12], [2, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0x78, 5]);

@@ -9,7 +9,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::chain::{Chain, ChainError};
-use crate::device::GuestMemory;
+use crate::device::{GuestMemory, Position};
 use crate::interrupt::Interrupt;
 
 /// Length of the flags and the index at the start of a ring, and of an element of the used ring, in bytes.
@@ -65,7 +65,13 @@ pub struct VirtQueue {
 impl VirtQueue {
     /// A queue that was validated at activation.
     pub fn new(index: u16, queue: Queue, memory: Arc<GuestMemory>, interrupt: Arc<dyn Interrupt>) -> Self {
-        Self { index, queue, memory, interrupt, staged: 0, signalled: 0, armed: false }
+        let signalled = queue.next_used();
+        Self { index, queue, memory, interrupt, staged: 0, signalled, armed: false }
+    }
+
+    /// How far the device is in the queue. Between two rounds of serving nothing is staged.
+    pub fn position(&self) -> Position {
+        Position { available: self.queue.next_avail(), used: self.queue.next_used() }
     }
 
     /// The guest's memory.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::device::{ActivateError, Activation, VirtioDevice};
+use crate::device::{ActivateError, Activation, Position, VirtioDevice};
 use crate::interrupt::Interrupt;
 use crate::queue::{QueueError, VirtQueue};
 
@@ -57,6 +57,10 @@ pub(crate) trait Model: Send + 'static {
     }
     /// The driver reset the device.
     fn stop(&mut self) {}
+    /// Whether a snapshot may be taken: nothing is held that is neither in guest memory nor in the queues' positions.
+    fn is_quiet(&self) -> bool {
+        true
+    }
     /// Does all that can be done on all queues, up to a budget. True if the budget ended it.
     fn serve(&mut self, queues: &mut [VirtQueue]) -> Result<bool, QueueError>;
 }
@@ -188,6 +192,15 @@ impl<M: Model> VirtioDevice for Served<M> {
     fn reset(&mut self) {
         self.state = State::Idle;
         self.wake();
+    }
+
+    fn positions(&self) -> Option<Vec<Position>> {
+        match &self.state {
+            State::Idle => Some(vec![Position::default(); self.model.queue_max_sizes().len()]),
+            State::Activated(running) | State::Running(running) => {
+                self.model.is_quiet().then(|| running.queues.iter().map(VirtQueue::position).collect())
+            }
+        }
     }
 }
 

@@ -9,6 +9,15 @@ const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
+const KVM_GET_XCRS: u64 = 0x8188_aea6;
+const KVM_GET_XSAVE: u64 = 0x9000_aea4;
+const KVM_GET_DEBUGREGS: u64 = 0x8080_aea1;
+const KVM_GET_LAPIC: u64 = 0x8400_ae8e;
+const KVM_GET_VCPU_EVENTS: u64 = 0x8040_ae9f;
+const KVM_GET_MSRS: u64 = 0xc008_ae88;
+const KVM_GET_TSC_KHZ: u64 = 0xaea3;
+const KVM_GET_IRQCHIP: u64 = 0xc208_ae62;
 const KVM_GET_CLOCK: u64 = 0x8030_ae7c;
 const KVM_SET_CLOCK: u64 = 0x4030_ae7b;
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
@@ -21,8 +30,16 @@ pub(super) const VCPU: &[Allowed] = &[
         1,
         &[
             KVM_RUN,             // run the guest
-            KVM_GET_REGS,        // where it stood, for the log
+            KVM_GET_REGS,        // where it stood, for the log and for a snapshot
             KVM_GET_SREGS,       // the same
+            KVM_GET_MP_STATE,    // a snapshot
+            KVM_GET_XCRS,        // a snapshot
+            KVM_GET_XSAVE,       // a snapshot
+            KVM_GET_DEBUGREGS,   // a snapshot
+            KVM_GET_LAPIC,       // a snapshot
+            KVM_GET_VCPU_EVENTS, // a snapshot
+            KVM_GET_MSRS,        // a snapshot
+            KVM_GET_TSC_KHZ,     // a snapshot
             KVM_KVMCLOCK_CTRL,   // tell it of a pause
             KVM_SET_GSI_ROUTING, // MSI-X vectors that the guest writes
             KVM_IRQFD,           // the same
@@ -92,15 +109,20 @@ pub(super) const CONTROL: &[Allowed] = &[
         libc::SYS_ioctl,
         1,
         &[
-            KVM_GET_CLOCK, // the guest's clock over a pause
-            KVM_SET_CLOCK, // the same
-            libc::FIONBIO, // non-blocking mode
+            KVM_GET_CLOCK,   // the guest's clock over a pause
+            KVM_SET_CLOCK,   // the same
+            KVM_GET_IRQCHIP, // a snapshot
+            libc::FIONBIO,   // non-blocking mode
         ],
-        "pause and resume, the socket",
+        "pause, resume and save, the socket",
     ),
     any(libc::SYS_getsockopt, "the socket's peer and error"),
     any(libc::SYS_getsockname, "the runtime"),
     any(libc::SYS_getpeername, "the runtime"),
     only(libc::SYS_socketpair, 0, &[libc::AF_UNIX as u64], "the runtime's wake-up"),
     any(libc::SYS_getrusage, "figures of the process"),
+    any(libc::SYS_lseek, "a snapshot: where guest memory holds something"),
+    any(libc::SYS_ftruncate, "a snapshot's file"),
+    any(libc::SYS_pwrite64, "a snapshot's file"),
+    any(libc::SYS_fdatasync, "a snapshot's files"),
 ];

@@ -13,18 +13,18 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::device::{Activation, GuestMemory, VirtioDevice};
+use crate::device::{Activation, GuestMemory, Position, VirtioDevice};
 use crate::interrupt::Interrupt;
 
 const ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
 const DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
-const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
-const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
+pub(super) const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
+pub(super) const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 
 /// Status bits in the order in which a driver sets them (virtio 1.2, 3.1.1).
-const ORDER: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
+pub(super) const ORDER: [u8; 4] = [ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK];
 
 /// One queue, as the driver configures it.
 #[derive(Debug)]
@@ -41,13 +41,16 @@ pub struct QueueConfig {
     pub available: u64,
     /// Guest-physical address of the used ring.
     pub used: u64,
+    /// Where the device begins: at 0, but in a restored queue.
+    pub position: Position,
     /// Signalled by the driver's notification. Stays the same for the device's whole life.
     pub event: Arc<EventFd>,
 }
 
 impl QueueConfig {
     fn new(max_size: u16, event: Arc<EventFd>) -> Self {
-        Self { max_size, size: max_size, enabled: false, descriptors: 0, available: 0, used: 0, event }
+        let position = Position::default();
+        Self { max_size, size: max_size, enabled: false, descriptors: 0, available: 0, used: 0, position, event }
     }
 
     fn reset(&mut self) {
@@ -61,6 +64,8 @@ impl QueueConfig {
         queue.try_set_desc_table_address(GuestAddress(self.descriptors)).map_err(|error| error.to_string())?;
         queue.try_set_avail_ring_address(GuestAddress(self.available)).map_err(|error| error.to_string())?;
         queue.try_set_used_ring_address(GuestAddress(self.used)).map_err(|error| error.to_string())?;
+        queue.set_next_avail(self.position.available);
+        queue.set_next_used(self.position.used);
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
         // virtio-queue holds an available ring at address 0 for a queue that was never configured.
@@ -193,6 +198,30 @@ impl Transport {
         self.status & DRIVER_OK != 0
     }
 
+    /// Features that driver and device agreed on, or the driver's choice so far.
+    pub(super) fn features(&self) -> u64 {
+        self.accepted
+    }
+
+    /// The queues, as they are configured.
+    pub(super) fn queues(&self) -> &[QueueConfig] {
+        &self.queues
+    }
+
+    /// How far the device is in each queue; none if that can't be kept.
+    pub(super) fn positions(&self) -> Option<Vec<Position>> {
+        lock(&self.device).positions()
+    }
+
+    /// Where the device is to begin in a queue that is not running yet.
+    pub(super) fn set_position(&mut self, queue: u16, position: Position) {
+        if !self.is_frozen()
+            && let Some(queue) = self.queues.get_mut(usize::from(queue))
+        {
+            queue.position = position;
+        }
+    }
+
     /// The 32 offered feature bits that the driver selected.
     pub fn device_features(&self) -> u32 {
         word(self.offered, self.device_feature_select)
@@ -261,8 +290,8 @@ impl Transport {
         lock(&self.device).write_config(offset, data);
     }
 
-    /// Writes the device status. `interrupt` is asked for when the device is activated.
-    pub fn set_status(&mut self, value: u8, interrupt: impl FnOnce() -> Arc<dyn Interrupt>) -> StatusChange {
+    /// Writes the device status. `interrupt` is the device's once it is activated.
+    pub fn set_status(&mut self, value: u8, interrupt: impl Fn() -> Arc<dyn Interrupt>) -> StatusChange {
         if value == 0 {
             self.reset();
             return StatusChange::Reset;

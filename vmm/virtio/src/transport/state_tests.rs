@@ -38,6 +38,9 @@ impl VirtioDevice for Device {
             activation.queues.iter().map(|queue| queue.as_ref().map_or(0, |(queue, _)| queue.size())).collect();
         Ok(())
     }
+    fn positions(&self) -> Option<Vec<Position>> {
+        Some(vec![Position { available: 7, used: 5 }; 2])
+    }
     fn reset(&mut self) {
         self.active = false;
     }

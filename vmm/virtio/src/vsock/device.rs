@@ -123,6 +123,10 @@ impl Model for Vsock {
         self.muxer.reset();
     }
 
+    fn is_quiet(&self) -> bool {
+        self.muxer.is_idle()
+    }
+
     fn serve(&mut self, queues: &mut [VirtQueue]) -> Result<bool, QueueError> {
         let [receive, transmit, _event] = queues else { return Ok(false) };
         let take_more = self.take(transmit)?;

@@ -80,6 +80,11 @@ impl Muxer {
         self.epoll.as_raw_fd()
     }
 
+    /// No connection is there, and nothing is to be told to the guest.
+    pub(super) fn is_idle(&self) -> bool {
+        self.connections.is_empty() && self.refusals.is_empty()
+    }
+
     /// Handles host-side events, as many as one round takes.
     pub(super) fn poll(&mut self) {
         let mut events = [EpollEvent::default(); EVENTS];

@@ -105,6 +105,11 @@ impl ConfigSpace {
         }
     }
 
+    /// What the guest wrote, for a snapshot: the writable bits of each byte.
+    pub(super) fn save(&self) -> Vec<u8> {
+        self.bytes.iter().zip(&self.writable).map(|(byte, mask)| byte & mask).collect()
+    }
+
     /// MSI-X enable and function mask.
     pub(super) fn msix_control(&self) -> (bool, bool) {
         let control = u16::from_le_bytes([self.bytes[self.msix + 2], self.bytes[self.msix + 3]]);

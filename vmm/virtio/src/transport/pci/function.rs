@@ -9,12 +9,14 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::config::ConfigSpace;
 use super::layout;
 use super::msix::Msix;
+use super::saved::FunctionState;
 use crate::device::{GuestMemory, VirtioDevice};
 use crate::interrupt::{Interrupt, Machine, PciFunction};
+use crate::transport::saved::SavedError;
 use crate::transport::state::{Half, QueueField, StatusChange, Transport};
 
 /// A field that has no vector (virtio 1.2, 4.1.5.1.2).
-const NO_VECTOR: u16 = 0xffff;
+pub(super) const NO_VECTOR: u16 = 0xffff;
 /// ISR status bits (virtio 1.2, 4.1.4.5).
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
@@ -38,16 +40,16 @@ pub enum PciError {
 
 /// A virtio device on the PCI bus.
 pub struct VirtioPciFunction {
-    transport: Transport,
-    config: ConfigSpace,
-    shared: Arc<Shared>,
-    queue_vectors: Vec<u16>,
+    pub(super) transport: Transport,
+    pub(super) config: ConfigSpace,
+    pub(super) shared: Arc<Shared>,
+    pub(super) queue_vectors: Vec<u16>,
 }
 
 /// What the function shares with its device's way to interrupt.
-struct Shared {
-    msix: Msix,
-    config_vector: AtomicU16,
+pub(super) struct Shared {
+    pub(super) msix: Msix,
+    pub(super) config_vector: AtomicU16,
     generation: AtomicU8,
     isr: AtomicU8,
     needs_reset: Arc<AtomicBool>,
@@ -173,7 +175,7 @@ impl VirtioPciFunction {
     }
 
     /// The vector, or none if the function has no such vector.
-    fn known_vector(&self, vector: u16) -> u16 {
+    pub(super) fn known_vector(&self, vector: u16) -> u16 {
         if usize::from(vector) < self.shared.msix.len() { vector } else { NO_VECTOR }
     }
 
@@ -226,6 +228,14 @@ impl PciFunction for VirtioPciFunction {
         }
     }
 
+    fn save(&self) -> Result<FunctionState, SavedError> {
+        self.saved()
+    }
+
+    fn restore(&mut self, state: &FunctionState) -> Result<(), SavedError> {
+        self.replay(state)
+    }
+
     fn bar_len(&self) -> u64 {
         layout::BAR_LEN
     }
@@ -275,9 +285,9 @@ impl Shared {
 }
 
 /// The device's way to interrupt; the queues' vectors are those at DRIVER_OK.
-struct PciInterrupt {
-    shared: Arc<Shared>,
-    queue_vectors: Vec<u16>,
+pub(super) struct PciInterrupt {
+    pub(super) shared: Arc<Shared>,
+    pub(super) queue_vectors: Vec<u16>,
 }
 
 impl PciInterrupt {

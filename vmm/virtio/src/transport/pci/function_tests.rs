@@ -164,6 +164,59 @@ fn a_notification_reaches_the_queue_by_bar_and_by_configuration_space() {
     assert_eq!(config::<4>(&mut function, window + 16), [1, 0, 0, 0]);
 }
 
+#[test]
+fn a_saved_function_goes_on_in_another_machine() {
+    let (mut function, _, driver) = setup();
+    let msix = capabilities(&mut function)[5].1;
+    function.config_write(4, &[6, 0]);
+    function.config_write(msix + 2, &0x8000u16.to_le_bytes());
+    for (offset, value) in [(0, 0xfee0_0000), (4, 0), (8, 0x31), (12, 0)] {
+        write(&mut function, layout::MSIX_TABLE + 16 + offset, value, 4);
+    }
+    start(&mut function, &driver);
+    let state = function.saved().unwrap();
+
+    let machine = FakeMachine::default();
+    let attached = Rng::attach(Entropy).unwrap();
+    let mut other = VirtioPciFunction::new(attached.device, &machine, BAR, driver.memory.clone()).unwrap();
+    other.replay(&state).unwrap();
+    assert_eq!(other.saved().unwrap(), state);
+    assert_eq!(config::<2>(&mut other, 4), [6, 0]);
+    assert_eq!(read(&mut other, 20, 1), 15);
+    let vectors = machine.vectors.lock().unwrap().clone();
+    assert_eq!(*vectors[1].route.lock().unwrap(), Some((0xfee0_0000, 0x31)));
+    // Looked at once, and raised once.
+    assert_eq!(other.transport.queue().unwrap().event.read().unwrap(), 1);
+    assert_eq!(vectors[1].fired(), 1);
+}
+
+#[test]
+fn a_state_that_no_driver_could_make_is_refused() {
+    let (mut function, _, driver) = setup();
+    start(&mut function, &driver);
+    let good = serde_json::to_value(function.saved().unwrap()).unwrap();
+    let refused = |path: &str, value: serde_json::Value| {
+        let mut bad = good.clone();
+        *bad.pointer_mut(path).unwrap() = value;
+        let state: FunctionState = serde_json::from_value(bad).unwrap();
+        assert!(setup().0.replay(&state).is_err(), "{path}");
+    };
+    refused("/transport/device_type", 5.into());
+    refused("/transport/queues", serde_json::json!([]));
+    refused("/transport/features", 0.into());
+    refused("/transport/features", u64::MAX.into());
+    refused("/transport/status", 12.into());
+    refused("/transport/status", 0xff.into());
+    refused("/transport/queues/0/descriptors", 0x7fff_0000.into());
+    refused("/transport/queues/0/used", u64::MAX.into());
+    refused("/vectors", serde_json::json!([]));
+    refused("/queue_vectors", serde_json::json!([1, 2, 3]));
+    // Not refused, and harmless: what is not writable stays as it is.
+    let mut odd = good.clone();
+    odd["config"] = vec![0xff; 5000].into();
+    setup().0.replay(&serde_json::from_value(odd).unwrap()).unwrap();
+}
+
 proptest! {
     #[test]
     fn no_sequence_of_accesses_panics(

@@ -4,5 +4,7 @@ mod config;
 mod function;
 mod layout;
 mod msix;
+mod saved;
 
 pub use function::{PciError, VirtioPciFunction};
+pub use saved::FunctionState;

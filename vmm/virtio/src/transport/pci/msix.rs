@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use husk_backend::event::duplicate;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::interrupt::MsiVector;
@@ -21,6 +22,15 @@ struct Entry {
     vector: Arc<dyn MsiVector>,
     /// Where the machine's vector is routed to now; none while it is masked.
     routed: Option<(u64, u32)>,
+}
+
+/// One vector in a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct VectorState {
+    address: u64,
+    data: u32,
+    masked: bool,
+    pending: bool,
 }
 
 struct Table {
@@ -124,6 +134,29 @@ impl Msix {
             }
         }
         table.update((offset / ENTRY_LEN) as usize);
+    }
+
+    /// Address, data, control and pending bit of each entry, for a snapshot.
+    pub(super) fn save(&self) -> Vec<VectorState> {
+        let table = self.lock();
+        let state = |entry: &Entry| VectorState {
+            address: entry.address,
+            data: entry.data,
+            masked: entry.control & ENTRY_MASKED != 0,
+            pending: entry.pending,
+        };
+        table.entries.iter().map(state).collect()
+    }
+
+    /// Writes the table as it was saved, while MSI-X is off; [`Self::set_control`] then connects the vectors.
+    pub(super) fn restore(&self, vectors: &[VectorState]) {
+        let mut table = self.lock();
+        for (entry, vector) in table.entries.iter_mut().zip(vectors) {
+            entry.address = vector.address & !3;
+            entry.data = vector.data;
+            entry.control = if vector.masked { ENTRY_MASKED } else { 0 };
+            entry.pending = vector.pending;
+        }
     }
 
     /// Reads the pending bit array.
