@@ -81,9 +81,11 @@ pub fn save(memory: &GuestMemoryMmap<()>, file: &File) -> Result<MemorySum, Memo
             for offset in part.clone().step_by(BLOCK) {
                 let block = &mut block[..BLOCK.min((part.end - offset) as usize)];
                 let address = start + offset;
-                memory
-                    .read_slice(block, GuestAddress(address))
-                    .map_err(|source| MemoryError::Guest { doing: "read", address, source })?;
+                memory.read_slice(block, GuestAddress(address)).map_err(|source| MemoryError::Guest {
+                    doing: "read",
+                    address,
+                    source,
+                })?;
                 if block.iter().any(|byte| *byte != 0) {
                     file.write_all_at(block, base + offset).map_err(failed("write"))?;
                     sum.add(block);

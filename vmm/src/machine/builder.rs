@@ -13,14 +13,14 @@ use husk_vmm_api::config::{self, VmConfig};
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
+use super::barrier::{Barrier, BarrierSubscriber};
 use super::boot::{BootError, Images};
 use super::devices::{self, Backends, DeviceError, EventLoop};
 use super::inherited::{Inherited, Snapshot, Start};
 use super::irq::Interrupts;
 use super::memory::MemoryError;
-use super::vcpu::{Buses, Template, Vcpu, VcpuError};
-use super::barrier::{Barrier, BarrierSubscriber};
 use super::saved::{MachineState, Slot, VcpuStateError};
+use super::vcpu::{Buses, Template, Vcpu, VcpuError};
 use super::{Built, Ending, Saving, Shared, acpi, boot, kick, layout, memory};
 use crate::bus::mmio::MmioBus;
 use crate::bus::pci::{ConfigPorts, PciBus, RestoreError};
