@@ -102,7 +102,7 @@ pub fn save(memory: &GuestMemoryMmap<()>, file: &File) -> Result<MemorySum, Memo
 fn parts(region: &impl GuestMemoryRegion) -> Result<Vec<Range<u64>>, MemoryError> {
     match region.file_offset() {
         Some(file) if file.start() == 0 => data(file.file(), region.len(), BLOCK as u64),
-        _ => Ok(vec![0..region.len()]),
+        _ => Ok(std::iter::once(0..region.len()).collect()),
     }
 }
 
