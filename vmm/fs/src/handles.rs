@@ -18,8 +18,6 @@ pub struct OpenFile {
     pub node: Arc<Node>,
     /// Opened for I/O, without O_APPEND.
     pub fd: Arc<OwnedFd>,
-    /// The guest's O_APPEND: such writes go to the end as the host knows it (RWF_APPEND), but not the write-back of mapped pages.
-    pub append: bool,
     /// The guest's O_DIRECT.
     pub direct: bool,
 }

@@ -251,6 +251,11 @@ pub fn encode_device(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
+/// `new_decode_dev` of the kernel's kdev_t.h: major and minor number.
+pub fn decode_device(device: u32) -> (u32, u32) {
+    ((device & 0xf_ff00) >> 8, (device & 0xff) | ((device >> 12) & 0xf_ff00))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -290,6 +295,11 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn devices_come_back(major in 0u32..1 << 12, minor in 0u32..1 << 20) {
+            prop_assert_eq!(decode_device(encode_device(major, minor)), (major, minor));
+        }
 
         #[test]
         fn host_dirent_never_reads_beyond(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {

@@ -11,7 +11,7 @@ use harness::{Guest, bytes, name, parse};
 use husk_fs::wire::{
     AttrOut, BatchForgetIn, CopyFileRangeIn, CreateIn, Dirent, EntryOut, FallocateIn, ForgetIn, ForgetOne, FsyncIn,
     GETATTR_FH, GetattrIn, GetxattrIn, GetxattrOut, LinkIn, LseekIn, LseekOut, MknodIn, OpenOut, ReadIn, ReleaseIn,
-    Rename2In, RenameIn, SetattrIn, SetxattrIn, StatfsOut, StatxIn, StatxOut, WRITE_CACHE, WRITE_KILL_SUIDGID,
+    Rename2In, RenameIn, SetattrIn, SetxattrIn, StatfsOut, StatxIn, StatxOut, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn,
     WriteOut, fattr, fopen, opcode,
 };
 
@@ -57,12 +57,21 @@ fn files_are_created_read_and_written() {
 fn appends_go_to_the_end_that_the_host_knows() {
     let mut guest = Guest::new();
     let (entry, open) = guest.create(1, "log", libc::O_WRONLY | libc::O_APPEND, 0o600).unwrap();
-    assert_eq!(guest.write(entry.nodeid, open.fh, 0, b"one", 0), Ok(3));
+    let at = |offset, flags: i32, write_flags| WriteIn {
+        fh: open.fh,
+        offset,
+        flags: flags as u32,
+        write_flags,
+        ..WriteIn::default()
+    };
+    let appending = libc::O_WRONLY | libc::O_APPEND;
+    assert_eq!(guest.write_with(entry.nodeid, at(0, appending, 0), b"one"), Ok(3));
     fs::write(guest.host("log"), "one and a half ").unwrap();
-    assert_eq!(guest.write(entry.nodeid, open.fh, 3, b"two", 0), Ok(3));
+    assert_eq!(guest.write_with(entry.nodeid, at(3, appending | libc::O_SYNC, 0), b"two"), Ok(3));
     assert_eq!(fs::read(guest.host("log")).unwrap(), b"one and a half two");
-    // Write-back of a mapped page stays where it belongs.
-    assert_eq!(guest.write(entry.nodeid, open.fh, 0, b"ONE", WRITE_CACHE), Ok(3));
+    // Write-back of a mapped page stays where it belongs, and so does what is written after fcntl(2) took the flag away.
+    assert_eq!(guest.write_with(entry.nodeid, at(0, appending, WRITE_CACHE), b"ON"), Ok(2));
+    assert_eq!(guest.write_with(entry.nodeid, at(2, libc::O_WRONLY | libc::O_DSYNC, 0), b"E"), Ok(1));
     assert_eq!(fs::read(guest.host("log")).unwrap(), b"ONE and a half two");
 }
 
@@ -133,18 +142,27 @@ fn new_inodes_belong_to_the_caller() {
 }
 
 #[test]
-fn nodes_of_all_allowed_kinds_are_made_and_devices_are_not() {
+fn nodes_of_all_allowed_kinds_are_made_and_devices_only_in_a_root() {
     let mut guest = Guest::new();
-    let mut mknod =
-        |mode, rdev, name: &str| guest.with(opcode::MKNOD, 1, &MknodIn { mode, rdev, ..MknodIn::default() }, &[name]);
-    mknod(libc::S_IFREG | 0o600, 0, "r").unwrap();
-    mknod(libc::S_IFSOCK | 0o600, 0, "s").unwrap();
-    mknod(libc::S_IFCHR, 0, "whiteout").unwrap();
-    assert_eq!(mknod(libc::S_IFCHR | 0o666, 0x103, "null"), Err(libc::EPERM));
-    assert_eq!(mknod(libc::S_IFBLK | 0o666, 0x800, "sda"), Err(libc::EPERM));
-    assert_eq!(mknod(libc::S_IFDIR | 0o777, 0, "d"), Err(libc::EINVAL));
+    fs::create_dir_all(guest.host("c/rootfs/dev")).unwrap();
+    let root = guest.walk("c/rootfs/dev").unwrap().nodeid;
+    let mut mknod = |parent, mode, rdev, name: &str| {
+        guest.with(opcode::MKNOD, parent, &MknodIn { mode, rdev, ..MknodIn::default() }, &[name])
+    };
+    mknod(1, libc::S_IFREG | 0o600, 0, "r").unwrap();
+    mknod(1, libc::S_IFSOCK | 0o600, 0, "s").unwrap();
+    mknod(1, libc::S_IFCHR, 0, "whiteout").unwrap();
+    assert_eq!(mknod(1, libc::S_IFCHR | 0o666, 0x103, "null"), Err(libc::EPERM));
+    assert_eq!(mknod(1, libc::S_IFBLK | 0o666, 0x800, "sda"), Err(libc::EPERM));
+    assert_eq!(mknod(1, libc::S_IFDIR | 0o777, 0, "d"), Err(libc::EINVAL));
+    let null: EntryOut = parse(&mknod(root, libc::S_IFCHR | 0o666, 0x103, "null").unwrap());
+    assert_eq!(null.attr.rdev, 0x103);
+    mknod(root, libc::S_IFBLK | 0o600, 0x12_0345, "block").unwrap();
     assert!(fs::metadata(guest.host("s")).unwrap().file_type().is_socket());
     assert_eq!(fs::metadata(guest.host("whiteout")).unwrap().rdev(), 0);
+    assert_eq!(fs::metadata(guest.host("c/rootfs/dev/null")).unwrap().rdev(), libc::makedev(1, 3));
+    assert_eq!(fs::metadata(guest.host("c/rootfs/dev/block")).unwrap().rdev(), libc::makedev(0x203, 0x145));
+    assert_eq!(guest.open(null.nodeid, libc::O_RDONLY).unwrap_err(), libc::ENXIO);
     assert!(!guest.host("null").exists());
 }
 

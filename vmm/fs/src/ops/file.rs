@@ -16,7 +16,8 @@ use crate::wire::{
     OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn, WriteOut, fopen,
 };
 
-/// The guest's open(2) flags that the host's descriptor gets too. O_APPEND is not among them: see [`OpenFile::append`].
+/// The guest's open(2) flags that the host's descriptor gets too. O_APPEND is not among them: fcntl(2) sets and clears it on an open
+/// file, so that each WRITE tells it anew, and the write-back of mapped pages must not go to the end.
 const KEPT_FLAGS: i32 = libc::O_SYNC | libc::O_DSYNC | libc::O_DIRECT | libc::O_NOATIME;
 /// Most bytes that one COPY_FILE_RANGE copies, so that it does not hold up its queue; the guest asks again for the rest.
 const MOST_COPIED: u64 = 64 << 20;
@@ -35,11 +36,22 @@ fn signed(value: u64) -> sys::Result<i64> {
     i64::try_from(value).map_err(|_| Errno::EINVAL)
 }
 
+/// What the guest's flags of one write mean for it (pwritev2(2)): to the end as the host knows it, which others may have moved, and
+/// synchronous, which RWF_DSYNC and RWF_SYNC in the guest ask of single writes.
+fn per_write(flags: u32) -> i32 {
+    let flags = flags as i32;
+    let sync = match flags & libc::O_SYNC {
+        libc::O_SYNC => libc::RWF_SYNC,
+        libc::O_DSYNC => libc::RWF_DSYNC,
+        _ => 0,
+    };
+    sync | if flags & libc::O_APPEND != 0 { libc::RWF_APPEND } else { 0 }
+}
+
 impl OpenFile {
     /// `fd` was opened with the guest's `flags`.
     pub(super) fn new(node: Arc<Node>, fd: Arc<std::os::fd::OwnedFd>, flags: u32) -> Self {
-        let has = |flag| flags as i32 & flag != 0;
-        Self { node, fd, append: has(libc::O_APPEND), direct: has(libc::O_DIRECT) }
+        Self { node, fd, direct: flags as i32 & libc::O_DIRECT != 0 }
     }
 }
 
@@ -105,7 +117,7 @@ impl Server {
         given: usize,
         out: &mut Vec<u8>,
     ) -> sys::Result<()> {
-        let WriteIn { fh, offset, size, write_flags, .. } = request.take()?;
+        let WriteIn { fh, offset, size, write_flags, flags, .. } = request.take()?;
         let file = self.handles.file(fh)?;
         let size = size as usize;
         if size > MOST_DATA || size > given {
@@ -122,8 +134,7 @@ impl Server {
             // The kernel writes mapped pages back by any descriptor of the file; the tail of one need not be as O_DIRECT wants it.
             io::write(self.tree.open(&file.node, libc::O_WRONLY)?.as_fd(), &pieces, offset, 0)?
         } else {
-            let append = if file.append && !mapped { libc::RWF_APPEND } else { 0 };
-            io::write(file.fd.as_fd(), &pieces, offset, append)?
+            io::write(file.fd.as_fd(), &pieces, offset, if mapped { 0 } else { per_write(flags) })?
         };
         put(out, &WriteOut { size: count as u32, padding: 0 });
         Ok(())

@@ -4,11 +4,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::put;
+use crate::cache::Policy;
 use crate::handles::OpenFile;
 use crate::server::{Request, Server, entry, take_name};
 use crate::sys::{self, Errno, node, open};
 use crate::tree::{Found, Node};
-use crate::wire::{CreateIn, MkdirIn, MknodIn, OPEN_KILL_SUIDGID};
+use crate::wire::{CreateIn, MkdirIn, MknodIn, OPEN_KILL_SUIDGID, decode_device};
 use crate::worker::Worker;
 
 /// Permission bits with set-user-id, set-group-id and sticky.
@@ -26,7 +27,8 @@ impl Server {
     }
 
     /// Regular files, FIFOs, sockets (whose listeners live in the guest) and overlayfs' whiteouts, which are character devices 0:0.
-    /// Other devices are refused with EPERM, since they would lie on the host's file system.
+    /// Other devices are made only in a container's own root, which no other user of the host can reach: on a volume somebody there
+    /// could open one. EPERM.
     pub(crate) fn mknod(&self, worker: &mut Worker, request: &mut Request<'_>, out: &mut Vec<u8>) -> sys::Result<()> {
         let parent = self.node(request)?;
         let MknodIn { mode, rdev, umask, .. } = request.take()?;
@@ -34,12 +36,16 @@ impl Server {
         match mode & libc::S_IFMT {
             libc::S_IFREG | libc::S_IFIFO | libc::S_IFSOCK => {}
             libc::S_IFCHR if rdev == 0 => {}
+            libc::S_IFCHR | libc::S_IFBLK if parent.policy == Policy::Rootfs => {}
             libc::S_IFCHR | libc::S_IFBLK => return Err(Errno::EPERM),
             _ => return Err(Errno::EINVAL),
         }
         let mode = mode & (libc::S_IFMT | PERMISSIONS);
+        let (major, minor) = decode_device(rdev);
+        let device = libc::makedev(major, minor);
         let fd = self.tree.fd(&parent)?;
-        worker.create_as(request.caller(), mode, umask, |mode| node::mknod(fd.as_fd(), name.as_cstr(), mode, 0))?;
+        worker
+            .create_as(request.caller(), mode, umask, |mode| node::mknod(fd.as_fd(), name.as_cstr(), mode, device))?;
         self.made(&parent, name, out)
     }
 
@@ -93,7 +99,7 @@ impl Server {
     fn created(
         &self,
         parent: &Arc<Node>,
-        policy: crate::cache::Policy,
+        policy: Policy,
         fd: OwnedFd,
         flags: u32,
         out: &mut Vec<u8>,

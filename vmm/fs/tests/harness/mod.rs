@@ -177,7 +177,11 @@ impl Guest {
     }
 
     pub fn write(&mut self, node: u64, fh: u64, offset: u64, data: &[u8], write_flags: u32) -> Result<u32, i32> {
-        let mut body = bytes(&WriteIn { fh, offset, size: data.len() as u32, write_flags, ..WriteIn::default() });
+        self.write_with(node, WriteIn { fh, offset, write_flags, ..WriteIn::default() }, data)
+    }
+
+    pub fn write_with(&mut self, node: u64, head: WriteIn, data: &[u8]) -> Result<u32, i32> {
+        let mut body = bytes(&WriteIn { size: data.len() as u32, ..head });
         body.extend_from_slice(data);
         self.call(opcode::WRITE, node, &body).map(|reply| parse::<WriteOut>(&reply).size)
     }
