@@ -140,8 +140,6 @@ static void appends(void) {
     say_number("append.on-grown", size_of(fd));
     struct iovec vector = {.iov_base = "rwf", .iov_len = 3};
     int plain = open("log", O_WRONLY);
-    NUMBER("append.rwf-append", pwritev2(plain, &vector, 1, 0, RWF_APPEND));
-    say_number("append.rwf-grown", size_of(fd));
     NUMBER("append.rwf-dsync", pwritev2(plain, &vector, 1, 0, RWF_DSYNC));
     PEER("append.close", "close");
     close(plain), close(fd);
