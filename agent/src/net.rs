@@ -6,12 +6,13 @@ use std::io;
 use std::net::IpAddr;
 
 use futures::TryStreamExt;
-use husk_agent_api::agent::{Interface, Neighbour, Route};
-use rtnetlink::packet_route::AddressFamily;
+use husk_agent_api::agent::{Interface, StartPodRequest};
+use rtnetlink::packet_core::{DecodeError, Parseable};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use rtnetlink::packet_route::link::LinkAttribute;
-use rtnetlink::packet_route::route::{RouteMessage, RouteScope};
-use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
+use rtnetlink::packet_route::rule::RuleMessage;
+use rtnetlink::{Handle, LinkUnspec};
 use thiserror::Error;
 
 /// Index of `lo` in every network namespace (LOOPBACK_IFINDEX of the kernel).
@@ -24,6 +25,14 @@ pub(crate) enum NetError {
     Socket(#[source] io::Error),
     #[error("{text:?} is not {what}")]
     Parse { text: String, what: &'static str },
+    #[error("A {what} is no message of rtnetlink's")]
+    Message {
+        what: &'static str,
+        #[source]
+        source: DecodeError,
+    },
+    #[error("A route goes over interface {0} of the host, which is not one of the pod's")]
+    NoIndex(u32),
     #[error("No interface has the address {mac}; there are {there}")]
     NoInterface { mac: String, there: String },
     #[error("No interface is called {0:?}")]
@@ -39,36 +48,57 @@ pub(crate) enum NetError {
 /// An interface as the kernel has it.
 struct Link {
     index: u32,
+    /// Its number in the pod's namespace on the host, for those of the pod's.
+    host_index: Option<u32>,
     name: String,
     mac: Vec<u8>,
 }
 
-/// Sets everything, the loopback first.
-pub(crate) async fn configure(
-    interfaces: &[Interface],
-    routes: &[Route],
-    neighbours: &[Neighbour],
-) -> Result<(), NetError> {
+/// Sets everything that the request names, the loopback first.
+pub(crate) async fn configure(request: &StartPodRequest) -> Result<(), NetError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(NetError::Socket)?;
     // It ends when the last handle is dropped.
     tokio::spawn(connection);
     let loopback = LinkUnspec::new_with_index(LOOPBACK).up().build();
     handle.link().set(loopback).execute().await.map_err(doing(|| "bring lo up".into()))?;
-    let mut links = if interfaces.is_empty() { Vec::new() } else { list(&handle).await? };
-    for interface in interfaces {
+    let mut links = if request.interfaces.is_empty() { Vec::new() } else { list(&handle).await? };
+    for interface in &request.interfaces {
         set_interface(&handle, &mut links, interface).await?;
     }
-    // A gateway is reachable only once the route to its own network is there.
-    let (gateways, on_link): (Vec<_>, Vec<_>) = routes.iter().partition(|route| !route.gateway.is_empty());
-    for route in on_link.into_iter().chain(gateways) {
-        let message = route_message(route, index_of(&links, &route.interface)?)?;
-        handle.route().add(message).replace().execute().await.map_err(doing(|| format!("add the route {route}")))?;
+    for bytes in &request.routes {
+        let mut route = RouteMessage::parse(bytes).map_err(|source| NetError::Message { what: "route", source })?;
+        renumber(&mut route, &links)?;
+        let request = handle.route().add(route.clone()).replace();
+        request.execute().await.map_err(doing(|| format!("add the route {route:?}")))?;
     }
-    for neighbour in neighbours {
+    for bytes in &request.rules {
+        let rule = RuleMessage::parse(bytes).map_err(|source| NetError::Message { what: "routing rule", source })?;
+        let mut request = handle.rule().add();
+        *request.message_mut() = rule.clone();
+        request.execute().await.map_err(doing(|| format!("add the routing rule {rule:?}")))?;
+    }
+    for neighbour in &request.neighbours {
         let index = index_of(&links, &neighbour.interface)?;
         let address = parse_address(&neighbour.address)?;
         let request = handle.neighbours().add(index, address).link_layer_address(&parse_mac(&neighbour.mac)?);
         request.replace().execute().await.map_err(doing(|| format!("add the neighbour {}", neighbour.address)))?;
+    }
+    Ok(())
+}
+
+/// Puts the guest's numbers of interfaces in the place of the host's.
+fn renumber(route: &mut RouteMessage, links: &[Link]) -> Result<(), NetError> {
+    let change = |index: &mut u32| {
+        let link = links.iter().find(|link| link.host_index == Some(*index)).ok_or(NetError::NoIndex(*index))?;
+        *index = link.index;
+        Ok(())
+    };
+    for attribute in &mut route.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => change(index)?,
+            RouteAttribute::MultiPath(hops) => hops.iter_mut().try_for_each(|hop| change(&mut hop.interface_index))?,
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -79,7 +109,7 @@ async fn list(handle: &Handle) -> Result<Vec<Link>, NetError> {
     Ok(messages
         .into_iter()
         .map(|message| {
-            let mut link = Link { index: message.header.index, name: String::new(), mac: Vec::new() };
+            let mut link = Link { index: message.header.index, host_index: None, name: String::new(), mac: Vec::new() };
             for attribute in message.attributes {
                 match attribute {
                     LinkAttribute::IfName(name) => link.name = name,
@@ -105,7 +135,8 @@ async fn set_interface(handle: &Handle, links: &mut [Link], interface: &Interfac
         let message = LinkUnspec::new_with_index(other.index).name(&other.name).build();
         handle.link().set(message).execute().await.map_err(doing(|| format!("rename {}", interface.name)))?;
     }
-    skip_duplicate_detection(&links[position].name);
+    links[position].host_index = Some(interface.index);
+    set_ipv6(&links[position].name, interface);
     let mut message = LinkUnspec::new_with_index(index);
     if links[position].name != interface.name {
         message = message.name(&interface.name);
@@ -114,59 +145,52 @@ async fn set_interface(handle: &Handle, links: &mut [Link], interface: &Interfac
     if interface.mtu != 0 {
         message = message.mtu(interface.mtu);
     }
+    if interface.noarp {
+        message = message.arp(false);
+    }
     // The kernel applies name and MTU before the flags (do_setlink in net/core/rtnetlink.c).
     let request = handle.link().set(message.up().build());
     request.execute().await.map_err(doing(|| format!("bring {} up", interface.name)))?;
     for text in &interface.addresses {
         let (address, prefix) = parse_cidr(text)?;
         let mut request = handle.address().add(index, address, prefix);
+        // Routes are the pod's own, also where a plugin has taken the kernel's away (ptp).
+        let mut flags = AddressFlags::Noprefixroute;
         if address.is_ipv6() {
             // Usable at once: CNI has made sure that the address is the pod's alone.
             request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
-            request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+            flags |= AddressFlags::Nodad;
         }
+        request.message_mut().attributes.push(AddressAttribute::Flags(flags));
         request.replace().execute().await.map_err(doing(|| format!("add {text} to {}", interface.name)))?;
     }
     Ok(())
 }
 
-/// The link-local address too shall be usable at once: ip-sysctl.rst, accept_dad. Without IPv6 there is no such file.
-fn skip_duplicate_detection(name: &str) {
-    let path = format!("/proc/sys/net/ipv6/conf/{name}/accept_dad");
-    match fs::write(&path, "0") {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!("Could not write {path}: {error}"),
-        _ => {}
+/// Parameters of the interface before it comes up (Documentation/networking/ip-sysctl.rst). Without IPv6 there are no such files.
+fn set_ipv6(name: &str, interface: &Interface) {
+    let set = |key: &str, value: &str| {
+        let path = format!("/proc/sys/net/ipv6/conf/{name}/{key}");
+        match fs::write(&path, value) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::warn!("Could not write {path}: {error}"),
+            _ => {}
+        }
+    };
+    // A link-local address that the kernel makes shall be usable at once too.
+    set("accept_dad", "0");
+    let is_link_local = |text: &String| {
+        parse_cidr(text).is_ok_and(|(address, _)| match address {
+            IpAddr::V6(address) => address.is_unicast_link_local(),
+            IpAddr::V4(_) => false,
+        })
+    };
+    if interface.addresses.iter().any(is_link_local) {
+        // None but those given: IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
+        set("addr_gen_mode", "1");
     }
-}
-
-fn route_message(route: &Route, index: u32) -> Result<RouteMessage, NetError> {
-    let mut builder = RouteMessageBuilder::<IpAddr>::new().output_interface(index);
-    builder.get_mut().header.address_family = if route.ipv6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-    let unfit = |text: &str, what| NetError::Parse { text: text.to_owned(), what };
-    if !route.destination.is_empty() {
-        let (address, prefix) = parse_cidr(&route.destination)?;
-        builder.get_mut().header.address_family =
-            if address.is_ipv6() { AddressFamily::Inet6 } else { AddressFamily::Inet };
-        builder = builder
-            .destination_prefix(address, prefix)
-            .map_err(|_| unfit(&route.destination, "a destination of the route's family"))?;
+    for (key, value) in &interface.ipv6 {
+        set(key, value);
     }
-    if !route.gateway.is_empty() {
-        let gateway = parse_address(&route.gateway)?;
-        builder = builder.gateway(gateway).map_err(|_| unfit(&route.gateway, "a gateway of the route's family"))?;
-    }
-    if !route.source.is_empty() {
-        let source = parse_address(&route.source)?;
-        builder = builder.pref_source(source).map_err(|_| unfit(&route.source, "a source of the route's family"))?;
-    }
-    if route.metric != 0 {
-        builder = builder.priority(route.metric);
-    }
-    if route.onlink {
-        builder = builder.onlink();
-    }
-    let scope = u8::try_from(route.scope).map_err(|_| unfit(&route.scope.to_string(), "a scope"))?;
-    Ok(builder.scope(RouteScope::from(scope)).build())
 }
 
 fn index_of(links: &[Link], name: &str) -> Result<u32, NetError> {
@@ -206,7 +230,6 @@ fn doing(what: impl FnOnce() -> String) -> impl FnOnce(rtnetlink::Error) -> NetE
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rtnetlink::packet_route::route::RouteAttribute;
 
     #[test]
     fn parses_macs() {
@@ -228,15 +251,13 @@ mod tests {
     }
 
     #[test]
-    fn builds_default_routes_of_both_families() {
-        let route = Route { gateway: "10.0.0.1".into(), onlink: true, metric: 5, ..Default::default() };
-        let message = route_message(&route, 2).unwrap();
-        assert_eq!(message.header.address_family, AddressFamily::Inet);
-        assert_eq!(message.header.destination_prefix_length, 0);
-        assert!(message.attributes.contains(&RouteAttribute::Priority(5)));
-        let route = Route { gateway: "fd00::1".into(), ipv6: true, ..Default::default() };
-        assert_eq!(route_message(&route, 2).unwrap().header.address_family, AddressFamily::Inet6);
-        let mixed = Route { gateway: "10.0.0.1".into(), destination: "fd00::/64".into(), ..Default::default() };
-        assert!(route_message(&mixed, 2).is_err());
+    fn routes_go_over_the_guests_interfaces() {
+        let links = [Link { index: 2, host_index: Some(7), name: "eth0".into(), mac: Vec::new() }];
+        let mut route = RouteMessage::default();
+        route.attributes = vec![RouteAttribute::Oif(7)];
+        renumber(&mut route, &links).unwrap();
+        assert_eq!(route.attributes, [RouteAttribute::Oif(2)]);
+        assert!(matches!(renumber(&mut route, &links), Err(NetError::NoIndex(2))));
+        assert!(RouteMessage::parse(&[0; 3]).is_err() && RuleMessage::parse(&[0; 3]).is_err());
     }
 }

@@ -58,7 +58,7 @@ pub(crate) async fn start(request: &StartPodRequest) -> Result<(), PodError> {
             .map_err(|source| PodError::Hostname { name: request.hostname.clone(), source })?;
     }
     let network = async {
-        net::configure(&request.interfaces, &request.routes, &request.neighbours).await?;
+        net::configure(request).await?;
         // After the interfaces, whose own parameters may be among them.
         sysctl::set_all(&request.sysctls)?;
         Ok(())

@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, reason = "a test, helpers included")]
 
 use std::io::{Read, Write};
-use std::net::Shutdown;
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -17,6 +17,11 @@ use std::time::{Duration, Instant};
 use husk_agent_api::FIRST_STREAM_PORT;
 use husk_agent_api::agent::*;
 use husk_agent_api::agent_ttrpc::AgentClient;
+use rtnetlink::RouteMessageBuilder;
+use rtnetlink::packet_core::Emitable;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::route::RouteScope;
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use ttrpc::Code;
@@ -264,27 +269,47 @@ async fn runs_a_container_and_tells_its_end() {
     assert_eq!(code(pod.start_container("c").await.unwrap_err()).0, Code::NOT_FOUND);
 }
 
+/// A route over interface 71 of the host, as the shim sends it.
+fn route<T>(builder: RouteMessageBuilder<T>) -> Vec<u8> {
+    bytes(&builder.output_interface(71).build())
+}
+
+fn bytes(message: &impl Emitable) -> Vec<u8> {
+    let mut bytes = vec![0; message.buffer_len()];
+    message.emit(&mut bytes);
+    bytes
+}
+
 #[tokio::test]
 #[ignore = "needs root and cgroup v2"]
 async fn sets_the_network_up() {
     // The names are the wrong way round.
     let prepare = "mount -t sysfs sys /sys && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
         ip link add eth0 address 02:00:00:00:00:02 type veth peer name eth1 address 02:00:00:00:00:01";
-    let interface = |mac: &str, name: &str, addresses: &[&str]| Interface {
+    let interface = |index, mac: &str, name: &str, addresses: &[&str]| Interface {
+        index,
         mac: mac.into(),
         name: name.into(),
         addresses: addresses.iter().map(|address| address.to_string()).collect(),
         mtu: 1400,
         ..Default::default()
     };
-    let route = |destination: &str, gateway: &str, ipv6| Route {
-        interface: "eth0".into(),
-        destination: destination.into(),
-        gateway: gateway.into(),
-        scope: if gateway.is_empty() { 253 } else { 0 },
-        ipv6,
-        ..Default::default()
-    };
+    let routes = [
+        route(
+            RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix([169, 254, 1, 1].into(), 32)
+                .scope(RouteScope::Link),
+        ),
+        route(RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix("fd00::".parse().unwrap(), 64)),
+        route(RouteMessageBuilder::<Ipv4Addr>::new().gateway([169, 254, 1, 1].into())),
+        route(RouteMessageBuilder::<Ipv6Addr>::new().gateway("fd00::1".parse().unwrap())),
+        route(RouteMessageBuilder::<Ipv4Addr>::new().gateway([169, 254, 1, 1].into()).table_id(300).priority(7)),
+    ];
+    let mut rule = RuleMessage::default();
+    rule.header.family = AddressFamily::Inet;
+    rule.header.src_len = 32;
+    rule.header.action = RuleAction::ToTable;
+    rule.attributes = vec![RuleAttribute::Source([10, 1, 2, 3].into()), RuleAttribute::Table(300)];
     let neighbour = Neighbour {
         interface: "eth0".into(),
         address: "169.254.1.1".into(),
@@ -293,16 +318,17 @@ async fn sets_the_network_up() {
     };
     let request = StartPodRequest {
         interfaces: vec![
-            interface("02:00:00:00:00:01", "eth0", &["10.1.2.3/32", "fd00::3/64"]),
-            interface("02:00:00:00:00:02", "net1", &["10.9.0.1/24"]),
+            interface(71, "02:00:00:00:00:01", "eth0", &["10.1.2.3/32", "fd00::3/64", "fe80::3/64"]),
+            interface(72, "02:00:00:00:00:02", "net1", &["10.9.0.1/24"]),
         ],
-        routes: vec![route("", "169.254.1.1", false), route("", "fd00::1", true), route("169.254.1.1/32", "", false)],
+        routes: routes.into(),
+        rules: vec![bytes(&rule)],
         neighbours: vec![neighbour],
         sysctls: [("net.ipv4.ip_unprivileged_port_start".to_owned(), "80".to_owned())].into(),
         ..Default::default()
     };
     let mut pod = Pod::start_with(prepare, request).await;
-    let script = "ip addr; ip route; ip -6 route; ip neigh; cat /proc/sys/net/ipv4/ip_unprivileged_port_start";
+    let script = "ip addr; ip route; ip -6 route; ip neigh; ip rule; ip route show table 300; cat /proc/sys/net/ipv4/ip_unprivileged_port_start";
     let streams = pod.create("c", script, |_| {}).await;
     pod.start_container("c").await.unwrap();
     let said = read_all(streams.stdout);
@@ -315,6 +341,9 @@ async fn sets_the_network_up() {
         "inet 10.1.2.3/32",
         "inet 10.9.0.1/24",
         "inet6 fd00::3/64 scope global",
+        "inet6 fe80::3/64 scope link",
+        "from 10.1.2.3 lookup 300",
+        "default via 169.254.1.1 dev eth0 proto static metric 7",
         "default via 169.254.1.1 dev eth0",
         "169.254.1.1 dev eth0 scope link",
         "default via fd00::1 dev eth0",
@@ -324,6 +353,9 @@ async fn sets_the_network_up() {
         assert!(said.contains(part), "no {part:?} in {said}");
     }
     assert!(!said.contains("tentative"), "{said}");
+    // No route of the kernel's own for an address, no link-local address beside the one given.
+    assert!(!said.contains("10.9.0.0/24"), "{said}");
+    assert_eq!(said.matches("inet6 fe80::").count(), 2, "{said}");
     pod.delete("c").await;
 }
 

@@ -5,6 +5,7 @@ pub(crate) mod forward;
 mod lookup;
 pub(crate) mod netns;
 mod read;
+mod sysctl;
 pub(crate) mod tap;
 pub(crate) mod tc;
 #[cfg(test)]
@@ -15,7 +16,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use husk_agent_api::agent::{Interface, Neighbour, Route};
+use husk_agent_api::agent::{Interface, Neighbour};
+use rtnetlink::packet_core::Emitable;
 use rtnetlink::{Handle, LinkUnspec};
 
 use self::read::Link;
@@ -23,8 +25,14 @@ use self::read::Link;
 /// Longest time that all netlink work of a call may take together.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Most interfaces of a pod.
+/// Most interfaces of a pod: each is a PCI device of the guest.
 const MAX_INTERFACES: usize = 16;
+
+/// Most addresses of a pod's interfaces together.
+const MAX_ADDRESSES: usize = 256;
+
+/// Most routes of a pod, and most neighbours, and most routing rules.
+const MAX_ROUTES: usize = 1024;
 
 /// Taps are called this and the number of the interface that they belong to.
 const TAP_PREFIX: &str = "husk";
@@ -49,9 +57,10 @@ pub(crate) struct Prepared {
     pub(crate) taps: Vec<Tap>,
     /// For the agent's StartPod.
     pub(crate) interfaces: Vec<Interface>,
-    /// For the agent's StartPod; on-link routes come before those that need them. Routes that the kernel makes by itself
-    /// for an address are left out.
-    pub(crate) routes: Vec<Route>,
+    /// For the agent's StartPod; on-link routes come before those that need them.
+    pub(crate) routes: Vec<Vec<u8>>,
+    /// For the agent's StartPod: policy routing.
+    pub(crate) rules: Vec<Vec<u8>>,
     /// For the agent's StartPod: static neighbours.
     pub(crate) neighbours: Vec<Neighbour>,
 }
@@ -128,11 +137,33 @@ pub(crate) enum NetworkError {
         #[source]
         cause: std::io::Error,
     },
-    /// Too many interfaces.
-    #[error("the pod has {count} network interfaces; {MAX_INTERFACES} are possible")]
+    /// Not a network namespace.
+    #[error("{path} is not a network namespace", path = path.display())]
+    NotOne {
+        /// What is not.
+        path: PathBuf,
+    },
+    /// The host's.
+    #[error("the network namespace {path} is the host's own, which a virtual machine cannot have: run it with runc", path = path.display())]
+    Hosts {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Another pod's.
+    #[error("the network namespace {path} belongs to another pod on husk: each needs its own", path = path.display())]
+    Taken {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Too many of something.
+    #[error("the pod's network namespace has {count} {what}; {most} are possible")]
     TooMany {
+        /// Of what.
+        what: &'static str,
         /// How many.
         count: usize,
+        /// Most possible.
+        most: usize,
     },
     /// No virtio-net device can have this MTU.
     #[error("the interface {name} has an MTU of {mtu}; 68 to 65535 are possible")]
@@ -144,40 +175,87 @@ pub(crate) enum NetworkError {
     },
 }
 
+impl NetworkError {
+    /// Whether what was asked for can't be had; nothing was made then, and nothing in the namespace is the pod's to take back.
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Self::NotOne { .. } | Self::Hosts { .. } | Self::Taken { .. } => true,
+            Self::TooMany { .. } | Self::Mtu { .. } | Self::Open { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 /// Joins a tap to every interface of the namespace at `netns` (e.g. /var/run/netns/cni-...) and reads what the guest must set up.
 ///
 /// Interfaces are those that are up and carry Ethernet frames (veth, macvlan, ipvlan, a moved physical one), without loopback.
-pub(crate) async fn prepare(netns: &Path) -> Result<Prepared, NetworkError> {
-    let netns = netns::open(netns)?;
-    let connected = connect(&netns).await?;
+pub(crate) async fn prepare(path: &Path) -> Result<Prepared, NetworkError> {
+    let netns = netns::open(path)?;
+    if netns::is_own(&netns) {
+        return Err(NetworkError::Hosts { path: path.to_owned() });
+    }
+    let connected = connect(&netns).await.map_err(|error| match error {
+        NetworkError::Enter { cause } if cause.raw_os_error() == Some(libc::EINVAL) => {
+            NetworkError::NotOne { path: path.to_owned() }
+        }
+        other => other,
+    })?;
     let handle = &connected.handle;
     within_limit("set up the pod's network", async {
-        let links: Vec<Link> = read::links(handle).await?.into_iter().filter(Link::is_pods).collect();
-        if links.len() > MAX_INTERFACES {
-            return Err(NetworkError::TooMany { count: links.len() });
+        let all = read::links(handle).await?;
+        if all.iter().any(Link::is_tap) {
+            return Err(NetworkError::Taken { path: path.to_owned() });
         }
+        let links: Vec<Link> = all.into_iter().filter(Link::is_pods).collect();
+        bounded("network interfaces", links.len(), MAX_INTERFACES)?;
+        let mtus = links.iter().map(Link::mtu).collect::<Result<Vec<_>, _>>()?;
+        let mut interfaces = read::interfaces(handle, &links).await?;
+        bounded("addresses", interfaces.iter().map(|interface| interface.addresses.len()).sum(), MAX_ADDRESSES)?;
+        let routes = read::routes(handle, &links).await?;
+        bounded("routes", routes.len(), MAX_ROUTES)?;
+        let rules = read::rules(handle).await?;
+        bounded("routing rules", rules.len(), MAX_ROUTES)?;
+        let neighbours = read::neighbours(handle, &links).await?;
+        bounded("static neighbours", neighbours.len(), MAX_ROUTES)?;
+
         let names: Vec<String> = links.iter().map(|link| format!("{TAP_PREFIX}{}", link.index)).collect();
-        let taps = {
-            let names = names.clone();
-            let make = move || names.iter().map(|name| tap::create(name)).collect::<Result<Vec<_>, _>>();
+        let (taps, settings) = {
+            let pairs: Vec<_> = links.iter().map(|link| link.name.clone()).zip(names.clone()).collect();
+            let make = move || {
+                let taps = pairs.iter().map(|(_, tap)| tap::create(tap)).collect::<Result<Vec<_>, _>>()?;
+                Ok((taps, pairs.iter().map(|(link, _)| sysctl::ipv6(link)).collect::<Vec<_>>()))
+            };
             netns::within(&netns, "make taps", make).await?
         };
-        let known = read::links(handle).await?;
-        let mut prepared = Prepared {
-            netns,
-            taps: Vec::with_capacity(links.len()),
-            interfaces: read::interfaces(handle, &links).await?,
-            routes: read::routes(handle, &links).await?,
-            neighbours: read::neighbours(handle, &links).await?,
-        };
-        for ((link, name), fd) in links.iter().zip(names).zip(taps) {
-            let mtu = link.mtu()?;
-            join(handle, link, &name, &known).await?;
-            prepared.taps.push(Tap { fd, mac: link.mac, mtu });
+        for (interface, settings) in interfaces.iter_mut().zip(settings) {
+            interface.ipv6 = settings;
         }
-        Ok(prepared)
+        let known = read::links(handle).await?;
+        for (link, name) in links.iter().zip(&names) {
+            join(handle, link, name, &known).await?;
+        }
+        let taps = links.iter().zip(mtus).zip(taps);
+        Ok(Prepared {
+            netns,
+            taps: taps.map(|((link, mtu), fd)| Tap { fd, mac: link.mac, mtu }).collect(),
+            interfaces,
+            routes: routes.iter().map(bytes).collect(),
+            rules: rules.iter().map(bytes).collect(),
+            neighbours,
+        })
     })
     .await
+}
+
+/// A netlink message's bytes, without its netlink header.
+fn bytes(message: &impl Emitable) -> Vec<u8> {
+    let mut bytes = vec![0; message.buffer_len()];
+    message.emit(&mut bytes);
+    bytes
+}
+
+fn bounded(what: &'static str, count: usize, most: usize) -> Result<(), NetworkError> {
+    if count > most { Err(NetworkError::TooMany { what, count, most }) } else { Ok(()) }
 }
 
 /// Removes what `prepare` made in a namespace that lives on: redirections and, if their descriptors are still open somewhere,
@@ -187,6 +265,9 @@ pub(crate) async fn teardown(netns: &Path) -> Result<(), NetworkError> {
         Err(NetworkError::Open { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         other => other?,
     };
+    if netns::is_own(&netns) {
+        return Ok(());
+    }
     let mut connected = match connect(&netns).await {
         // The file is there but the namespace is no longer mounted on it.
         Err(NetworkError::Enter { cause }) if cause.raw_os_error() == Some(libc::EINVAL) => return Ok(()),

@@ -20,6 +20,13 @@ pub(super) fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
     File::open(path).map(OwnedFd::from).map_err(|cause| NetworkError::Open { path: path.to_owned(), cause })
 }
 
+/// Whether it is the namespace of this process: the host's.
+pub(super) fn is_own(netns: &OwnedFd) -> bool {
+    let own = nix::sys::stat::stat("/proc/self/ns/net");
+    let other = nix::sys::stat::fstat(netns);
+    matches!((own, other), (Ok(own), Ok(other)) if (own.st_dev, own.st_ino) == (other.st_dev, other.st_ino))
+}
+
 /// Runs `work` on a new thread inside the namespace; `what` names it in errors. Inside, the runtime is at hand, so that
 /// sockets made there can be registered with it.
 pub(super) async fn within<T: Send + 'static>(

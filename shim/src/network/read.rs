@@ -1,20 +1,21 @@
 //! What CNI left in the pod's namespace, read by rtnetlink(7), as messages for the agent.
 
-use std::net::IpAddr;
-
 use futures::TryStreamExt;
-use husk_agent_api::agent::{Interface, Neighbour, Route};
+use husk_agent_api::agent::{Interface, Neighbour};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHop, RouteNextHopFlags,
-    RouteProtocol, RouteType, RouteVia,
+    RouteAttribute, RouteFlags, RouteMessage, RouteNextHopFlags, RouteProtocol, RouteType,
 };
-use rtnetlink::{Handle, RouteMessageBuilder};
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
+use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 
 use super::{NetworkError, TAP_PREFIX};
+
+/// The table that the kernel alone fills (linux/rtnetlink.h, RT_TABLE_LOCAL).
+const LOCAL_TABLE: u8 = 255;
 
 /// One interface of the namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,6 +29,10 @@ pub(super) struct Link {
     up: bool,
     /// Belongs to a bridge or bond.
     enslaved: bool,
+    /// Neighbours are not asked for.
+    noarp: bool,
+    /// A tap or tun.
+    tun: bool,
 }
 
 impl Link {
@@ -36,6 +41,7 @@ impl Link {
         let mut link = Self {
             index: header.index,
             up: header.flags.contains(LinkFlags::Up),
+            noarp: header.flags.contains(LinkFlags::Noarp),
             ethernet: header.link_layer_type == LinkLayerType::Ether && !header.flags.contains(LinkFlags::Loopback),
             ..Self::default()
         };
@@ -45,6 +51,7 @@ impl Link {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
                 LinkAttribute::Controller(index) => link.enslaved = *index != 0,
+                LinkAttribute::LinkInfo(infos) => link.tun = infos.contains(&LinkInfo::Kind(InfoKind::Tun)),
                 LinkAttribute::Address(address) => {
                     if let Ok(mac) = <[u8; 6]>::try_from(address.as_slice()) {
                         link.mac = mac;
@@ -60,9 +67,8 @@ impl Link {
 
     /// One of husk's own taps: "husk" and a number.
     pub(super) fn is_tap(&self) -> bool {
-        self.name
-            .strip_prefix(TAP_PREFIX)
-            .is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
+        let number = self.name.strip_prefix(TAP_PREFIX);
+        self.tun && number.is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit()))
     }
 
     /// An interface that the guest is to own.
@@ -97,14 +103,18 @@ pub(super) async fn interfaces(handle: &Handle, links: &[Link]) -> Result<Vec<In
             name: link.name.clone(),
             addresses: messages.iter().filter(|m| m.header.index == link.index).filter_map(address).collect(),
             mtu: link.mtu,
+            index: link.index,
+            noarp: link.noarp,
             ..Interface::default()
         })
         .collect())
 }
 
-/// The address as CIDR; nothing for what the guest makes by itself (link-local IPv6, temporary ones).
+/// The address as CIDR; nothing for what an IPv6 kernel makes of router advertisements: the guest hears those itself.
 fn address(message: &AddressMessage) -> Option<String> {
-    if message.header.flags.contains(AddressHeaderFlags::Secondary) && message.header.family == AddressFamily::Inet6 {
+    let flags = message.header.flags;
+    let set = flags.contains(AddressHeaderFlags::Permanent) && !flags.contains(AddressHeaderFlags::Secondary);
+    if message.header.family == AddressFamily::Inet6 && !set {
         return None;
     }
     let (mut local, mut peer) = (None, None);
@@ -115,14 +125,17 @@ fn address(message: &AddressMessage) -> Option<String> {
             _ => {}
         }
     }
-    match local.or(peer)? {
-        IpAddr::V6(ip) if ip.is_unicast_link_local() => None,
-        ip => Some(format!("{ip}/{}", message.header.prefix_len)),
+    match (local, peer) {
+        // The length is that of the peer's network, to which there is a route.
+        (Some(local), Some(peer)) if local != peer => {
+            Some(format!("{local}/{}", if local.is_ipv4() { 32 } else { 128 }))
+        }
+        _ => Some(format!("{}/{}", local.or(peer)?, message.header.prefix_len)),
     }
 }
 
-/// The main table's routes over `links`, those without a gateway first.
-pub(super) async fn routes(handle: &Handle, links: &[Link]) -> Result<Vec<Route>, NetworkError> {
+/// The routes over `links` and those that refuse, of every table but `local`, those without a gateway first.
+pub(super) async fn routes(handle: &Handle, links: &[Link]) -> Result<Vec<RouteMessage>, NetworkError> {
     let mut routes = Vec::new();
     for all in [
         RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
@@ -130,77 +143,73 @@ pub(super) async fn routes(handle: &Handle, links: &[Link]) -> Result<Vec<Route>
     ] {
         let messages: Vec<RouteMessage> =
             handle.route().get(all).execute().try_collect().await.map_err(failed("list the pod's routes"))?;
-        routes.extend(messages.iter().filter_map(|message| route(message, links)));
+        routes.extend(messages.into_iter().filter_map(|message| route(message, links)));
     }
-    routes.sort_by_key(|route| !route.gateway.is_empty());
+    routes.sort_by_key(|route| route.attributes.iter().any(has_gateway));
     Ok(routes)
 }
 
-/// The agent's form of a route; nothing for other tables, types and interfaces, and for what the guest's kernel makes by itself
-/// for an address or learns from router advertisements.
-fn route(message: &RouteMessage, links: &[Link]) -> Option<Route> {
-    let header = &message.header;
-    if header.kind != RouteType::Unicast || matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra) {
+/// The route as it is to be in the guest; nothing for what the guest's kernel makes by itself (its local table) or learns from router
+/// advertisements, and for interfaces that are not the guest's.
+fn route(mut message: RouteMessage, links: &[Link]) -> Option<RouteMessage> {
+    let header = &mut message.header;
+    let refuses =
+        matches!(header.kind, RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw);
+    let learnt = header.protocol == RouteProtocol::Ra || header.flags.contains(RouteFlags::Cloned);
+    let made = refuses && header.protocol == RouteProtocol::Kernel;
+    if !(refuses || header.kind == RouteType::Unicast) || learnt || made || header.table == LOCAL_TABLE {
         return None;
     }
-    let mut route = Route {
-        scope: u8::from(header.scope).into(),
-        ipv6: header.address_family == AddressFamily::Inet6,
-        onlink: header.flags.contains(RouteFlags::Onlink),
-        ..Route::default()
-    };
-    let mut table = u32::from(header.table);
-    let mut index = None;
-    for attribute in &message.attributes {
+    // All else is the kernel's state of the moment, which it takes from nobody.
+    header.flags &= RouteFlags::Onlink;
+    let guests = |index: u32| links.iter().any(|link| link.index == index);
+    let mut has_interface = false;
+    for attribute in &mut message.attributes {
         match attribute {
-            RouteAttribute::Table(number) => table = *number,
-            RouteAttribute::Oif(number) => index = Some(*number),
-            RouteAttribute::Priority(metric) => route.metric = *metric,
-            RouteAttribute::PrefSource(source) => route.source = route_address(source)?,
-            RouteAttribute::Destination(to) => {
-                route.destination = format!("{}/{}", route_address(to)?, header.destination_prefix_length);
-            }
-            RouteAttribute::MultiPath(hops) => {
-                // The agent's route has one next hop; the first of the pod's own is a working one.
-                let hop = hops.iter().find(|hop| links.iter().any(|link| link.index == hop.interface_index))?;
-                index = Some(hop.interface_index);
-                route.onlink |= hop.flags.contains(RouteNextHopFlags::Onlink);
-                route.gateway = hop_gateway(hop);
-            }
-            other => {
-                if let Some(gateway) = gateway(other) {
-                    route.gateway = gateway;
+            RouteAttribute::Oif(index) if !refuses => {
+                has_interface = true;
+                if !guests(*index) {
+                    return None;
                 }
             }
+            RouteAttribute::MultiPath(hops) => {
+                hops.retain(|hop| guests(hop.interface_index));
+                for hop in hops.iter_mut() {
+                    hop.flags &= RouteNextHopFlags::Onlink;
+                }
+                has_interface = !hops.is_empty();
+            }
+            _ => {}
         }
     }
-    if table != u32::from(RouteHeader::RT_TABLE_MAIN) {
-        return None;
-    }
-    route.interface = links.iter().find(|link| Some(link.index) == index)?.name.clone();
-    Some(route)
+    // An IPv6 kernel says that a refusing route goes over `lo`.
+    message.attributes.retain(|attribute| {
+        !matches!(attribute, RouteAttribute::CacheInfo(_)) && !(refuses && matches!(attribute, RouteAttribute::Oif(_)))
+    });
+    (refuses || has_interface).then_some(message)
 }
 
-/// The gateway of one next hop of several; empty: on link.
-fn hop_gateway(hop: &RouteNextHop) -> String {
-    hop.attributes.iter().find_map(gateway).unwrap_or_default()
-}
-
-fn gateway(attribute: &RouteAttribute) -> Option<String> {
+fn has_gateway(attribute: &RouteAttribute) -> bool {
     match attribute {
-        RouteAttribute::Gateway(address) => route_address(address),
-        RouteAttribute::Via(RouteVia::Inet(ip)) => Some(ip.to_string()),
-        RouteAttribute::Via(RouteVia::Inet6(ip)) => Some(ip.to_string()),
-        _ => None,
+        RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => true,
+        RouteAttribute::MultiPath(hops) => hops.iter().any(|hop| hop.attributes.iter().any(has_gateway)),
+        _ => false,
     }
 }
 
-fn route_address(address: &RouteAddress) -> Option<String> {
-    match address {
-        RouteAddress::Inet(ip) => Some(ip.to_string()),
-        RouteAddress::Inet6(ip) => Some(ip.to_string()),
-        _ => None,
+/// The routing rules, without the kernel's own.
+pub(super) async fn rules(handle: &Handle) -> Result<Vec<RuleMessage>, NetworkError> {
+    let mut rules = Vec::new();
+    for version in [IpVersion::V4, IpVersion::V6] {
+        let messages: Vec<RuleMessage> =
+            handle.rule().get(version).execute().try_collect().await.map_err(failed("list the pod's routing rules"))?;
+        rules.extend(messages.into_iter().filter(|rule| !rule.attributes.iter().any(is_kernels)));
     }
+    Ok(rules)
+}
+
+fn is_kernels(attribute: &RuleAttribute) -> bool {
+    matches!(attribute, RuleAttribute::Protocol(RouteProtocol::Kernel))
 }
 
 /// The static neighbours on `links`.

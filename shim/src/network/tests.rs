@@ -10,6 +10,9 @@ use std::time::Duration;
 use futures::TryStreamExt;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sched::{CloneFlags, unshare};
+use rtnetlink::packet_core::Parseable;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
 use rtnetlink::{LinkVeth, RouteMessageBuilder};
 
 use super::*;
@@ -114,11 +117,20 @@ async fn joins_the_guest_to_the_pods_wire() {
     assert_eq!(prepared.interfaces.len(), 1);
     let interface = &prepared.interfaces[0];
     assert_eq!((interface.name.as_str(), interface.mac.as_str(), interface.mtu), ("eth0", "02:00:00:00:00:02", 1450));
-    assert_eq!(interface.addresses, ["10.9.0.2/24", "fd00::2/64"]);
-    let routes: Vec<_> =
-        prepared.routes.iter().map(|r| (r.destination.as_str(), r.gateway.as_str(), r.scope)).collect();
-    assert_eq!(routes, [("169.254.1.1/32", "", 253), ("", "169.254.1.1", 0)]);
-    assert!(prepared.routes.iter().all(|route| route.interface == "eth0" && !route.ipv6));
+    assert_eq!(interface.addresses[..2], ["10.9.0.2/24", "fd00::2/64"]);
+    assert_eq!(interface.index, index(&connect(&pod).await.unwrap().handle, "eth0").await);
+    let routes: Vec<_> = prepared.routes.iter().map(|bytes| RouteMessage::parse(bytes).unwrap()).collect();
+    let seen = |route: &RouteMessage| {
+        let gateway = route.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_)));
+        (route.header.address_family, route.header.destination_prefix_length, u8::from(route.header.scope), gateway)
+    };
+    let seen: Vec<_> = routes.iter().map(seen).collect();
+    let (v4, v6) = (AddressFamily::Inet, AddressFamily::Inet6);
+    assert_eq!(seen[..2], [(v4, 24, 253, false), (v4, 32, 253, false)]);
+    // fd00::/64, and fe80::/64 if the link-local address was there already.
+    assert!(seen[2..seen.len() - 1].iter().all(|route| *route == (v6, 64, 0, false)), "{seen:?}");
+    assert_eq!(seen.last(), Some(&(v4, 0, 0, true)));
+    assert!(prepared.rules.is_empty());
     assert_eq!(prepared.neighbours.len(), 1);
     assert_eq!(prepared.neighbours[0].mac, "02:00:00:00:00:01");
     let Tap { fd, mac, mtu, .. } = prepared.taps.remove(0);
@@ -174,6 +186,47 @@ async fn says_which_namespace_is_no_namespace() {
     assert!(missing.to_string().contains("/no/such/netns"), "{missing}");
     teardown(Path::new("/no/such/netns")).await.unwrap();
     let wrong = prepare(Path::new("/dev/null")).await.unwrap_err();
-    assert!(matches!(wrong, NetworkError::Enter { .. }), "{wrong}");
+    assert_eq!(wrong.to_string(), "/dev/null is not a network namespace");
+    let hosts = prepare(Path::new("/proc/self/ns/net")).await.unwrap_err();
+    assert!(hosts.to_string().contains("/proc/self/ns/net is the host's own"), "{hosts}");
+    teardown(Path::new("/proc/self/ns/net")).await.unwrap();
     teardown(Path::new("/dev/null")).await.unwrap();
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn a_namespace_is_one_pods_and_its_size_is_bounded() {
+    let pod = namespace();
+    let connected = connect(&pod).await.unwrap();
+    let handle = &connected.handle;
+    for number in 0..=MAX_INTERFACES / 2 {
+        let (one, two) = (format!("fifteen-bytes{number:02}"), format!("other{number}"));
+        handle.link().add(LinkVeth::new(&one, &two).build()).execute().await.unwrap();
+        for name in [one, two] {
+            let index = index(handle, &name).await;
+            handle.link().set(LinkUnspec::new_with_index(index).up().build()).execute().await.unwrap();
+        }
+    }
+    let error = prepare(&path(&pod)).await.unwrap_err();
+    assert!(error.to_string().contains("18 network interfaces; 16"), "{error}");
+    assert!(!read::links(handle).await.unwrap().iter().any(Link::is_tap));
+    // One that is down is not the pod's.
+    let last = index(handle, "other0").await;
+    handle.link().del(last).execute().await.unwrap();
+    let other = index(handle, "other1").await;
+    handle.link().set(LinkUnspec::new_with_index(other).down().build()).execute().await.unwrap();
+    let prepared = prepare(&path(&pod)).await.unwrap();
+    assert_eq!(prepared.interfaces.len(), 15);
+    assert!(prepared.interfaces.iter().any(|interface| interface.name == "fifteen-bytes01"));
+
+    let second = prepare(&path(&pod)).await.unwrap_err();
+    assert!(matches!(second, NetworkError::Taken { .. }), "{second}");
+    drop(prepared);
+    teardown(&path(&pod)).await.unwrap();
+    for number in 0..=MAX_ADDRESSES {
+        let address = std::net::Ipv4Addr::from(0x0a00_0000 + u32::try_from(number).unwrap());
+        handle.address().add(other + 1, address.into(), 32).execute().await.unwrap();
+    }
+    let error = prepare(&path(&pod)).await.unwrap_err();
+    assert!(error.to_string().contains("addresses; 256 are possible"), "{error}");
 }

@@ -87,6 +87,7 @@ impl BootError {
             Self::Taken(_) => Code::ALREADY_EXISTS,
             Self::Silent { .. } => Code::DEADLINE_EXCEEDED,
             Self::Peer(error) => error.code(),
+            Self::Network(error) if error.is_refusal() => Code::INVALID_ARGUMENT,
             _ => Code::INTERNAL,
         }
     }
@@ -188,11 +189,19 @@ async fn assemble(
     let hello = dial.expect(RPC_PORT)?;
 
     let (network, share) = tokio::join!(connect_network(request), share_files(request, programs, held));
-    let (network, network_took) = network?;
+    let (network, network_took) = network.inspect_err(|error| {
+        if error.is_refusal() {
+            held.record.netns = None;
+        }
+    })?;
     let (vmm_fs, share_took) = share?;
     (phases.network, phases.share) = (network_took, share_took);
-    let (netns, taps, interfaces, routes, neighbours) = match network {
-        Some(found) => (Some(found.netns), found.taps, found.interfaces, found.routes, found.neighbours),
+    let (netns, taps, network) = match network {
+        Some(found) => {
+            let Prepared { netns, taps, interfaces, routes, rules, neighbours } = found;
+            let network = StartPodRequest { interfaces, routes, rules, neighbours, ..Default::default() };
+            (Some(netns), taps, network)
+        }
         None => Default::default(),
     };
 
@@ -247,11 +256,8 @@ async fn assemble(
         time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         entropy: random::bytes::<ENTROPY>().map_err(BootError::Random)?.to_vec(),
         shared_tag: vmm::SHARED_TAG.to_owned(),
-        interfaces,
-        routes,
-        neighbours,
         sysctls: request.pod.sysctls.clone(),
-        ..Default::default()
+        ..network
     };
     let started = async {
         let (started, events) = tokio::join!(agent.start_pod(&start_pod), agent.events());
