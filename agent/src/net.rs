@@ -5,9 +5,13 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use husk_agent_api::agent::{Interface, StartPodRequest};
-use rtnetlink::packet_core::{DecodeError, Parseable};
+use nix::errno::Errno;
+use rtnetlink::packet_core::{
+    DecodeError, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload, Parseable,
+};
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage};
@@ -56,7 +60,7 @@ struct Link {
 
 /// Sets everything that the request names, the loopback first.
 pub(crate) async fn configure(request: &StartPodRequest) -> Result<(), NetError> {
-    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetError::Socket)?;
+    let (connection, mut handle, _) = rtnetlink::new_connection().map_err(NetError::Socket)?;
     // It ends when the last handle is dropped.
     tokio::spawn(connection);
     let loopback = LinkUnspec::new_with_index(LOOPBACK).up().build();
@@ -68,8 +72,8 @@ pub(crate) async fn configure(request: &StartPodRequest) -> Result<(), NetError>
     for bytes in &request.routes {
         let mut route = RouteMessage::parse(bytes).map_err(|source| NetError::Message { what: "route", source })?;
         renumber(&mut route, &links)?;
-        let request = handle.route().add(route.clone()).replace();
-        request.execute().await.map_err(doing(|| format!("add the route {route:?}")))?;
+        let message = RouteNetlinkMessage::NewRoute(route.clone());
+        append(&mut handle, message).await.map_err(doing(|| format!("add the route {route:?}")))?;
     }
     for bytes in &request.rules {
         let rule = RuleMessage::parse(bytes).map_err(|source| NetError::Message { what: "routing rule", source })?;
@@ -82,6 +86,21 @@ pub(crate) async fn configure(request: &StartPodRequest) -> Result<(), NetError>
         let address = parse_address(&neighbour.address)?;
         let request = handle.neighbours().add(index, address).link_layer_address(&parse_mac(&neighbour.mac)?);
         request.replace().execute().await.map_err(doing(|| format!("add the neighbour {}", neighbour.address)))?;
+    }
+    Ok(())
+}
+
+/// Adds a route beside others to the same destination: a link-local network, say, is behind every interface. One that is there is fine.
+async fn append(handle: &mut Handle, message: RouteNetlinkMessage) -> Result<(), rtnetlink::Error> {
+    let mut request = NetlinkMessage::from(message);
+    request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND;
+    let mut replies = handle.request(request)?;
+    while let Some(reply) = replies.next().await {
+        match reply.payload {
+            NetlinkPayload::Error(error) if error.raw_code() == -(Errno::EEXIST as i32) => {}
+            NetlinkPayload::Error(error) if error.code.is_some() => return Err(rtnetlink::Error::NetlinkError(error)),
+            _ => {}
+        }
     }
     Ok(())
 }

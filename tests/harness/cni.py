@@ -8,6 +8,7 @@ import subprocess
 
 from .command import Failed, output, run
 from .containerd import NAMESPACE, SOCKET
+from .crictl import HANDLER
 
 PLUGINS = "/usr/lib/cni"
 CTR = ["ctr", "-a", SOCKET, "-n", NAMESPACE]
@@ -73,18 +74,20 @@ def netns(name):
 
 
 def host_local(*subnets, routes=("0.0.0.0/0", "::/0")):
-    """Addresses from the given networks, one each."""
-    return {"type": "host-local", "dataDir": "/run/husk-test/ipam", "ranges": [[{"subnet": subnet}] for subnet in subnets],
+    """Addresses from the given networks, one each; `network>address` begins at that address."""
+    parts = [subnet.partition(">") for subnet in subnets]
+    ranges = [[{"subnet": subnet, **({"rangeStart": start} if start else {})}] for subnet, _, start in parts]
+    return {"type": "host-local", "dataDir": "/run/husk-test/ipam", "ranges": ranges,
             "routes": [{"dst": route} for route in routes]}
 
 
 class Single:
     """A container without a pod in a namespace of the test's."""
 
-    def __init__(self, name, where, *command, image="busybox", runtime="io.containerd.husk.v2"):
+    def __init__(self, name, where, *command, image="busybox"):
         self.name = name
         self.count = 0
-        run(*CTR, "run", "-d", "--runtime", runtime, "--with-ns", f"network:{where}", f"husk.test/{image}:1", name, *command)
+        run(*CTR, "run", "-d", "--runtime", f"io.containerd.{HANDLER}.v2", "--with-ns", f"network:{where}", f"husk.test/{image}:1", name, *command)
 
     def exec(self, *command, **options):
         """What a command in the container prints."""

@@ -1,11 +1,10 @@
-"""Sockets and programs within a network namespace, as containerd's port-forward and host-side probes use a pod's."""
+"""Connections made within a network namespace, as containerd's port-forward and host-side probes use a pod's."""
 
 import ctypes
 import json
 import socket
 import threading
 
-from .command import output, run
 from .crictl import words
 
 CLONE_NEWNET = 0x40000000
@@ -39,11 +38,6 @@ def connect(path, address, port, timeout=20):
     return result[0]
 
 
-def inside(path, *command, **options):
-    """What a command in the namespace prints."""
-    return output("nsenter", f"--net={path}", *command, **options)
-
-
 def ask(connection, request=b""):
     """Sends a request, ends this side, and returns all of the answer."""
     with connection:
@@ -61,8 +55,3 @@ def get(connection, path="/"):
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b" 200 " in head, answer[:200]
     return body.decode().rstrip("\n")
-
-
-def ip(*arguments, **options):
-    """iproute2's ip."""
-    return run("ip", *arguments, **options)
