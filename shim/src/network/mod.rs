@@ -178,11 +178,15 @@ pub(crate) enum NetworkError {
 impl NetworkError {
     /// Whether what was asked for can't be had; nothing was made then, and nothing in the namespace is the pod's to take back.
     pub(crate) fn is_refusal(&self) -> bool {
-        match self {
-            Self::NotOne { .. } | Self::Hosts { .. } | Self::Taken { .. } => true,
-            Self::TooMany { .. } | Self::Mtu { .. } | Self::Open { .. } => true,
-            _ => false,
-        }
+        matches!(
+            self,
+            Self::NotOne { .. }
+                | Self::Hosts { .. }
+                | Self::Taken { .. }
+                | Self::TooMany { .. }
+                | Self::Mtu { .. }
+                | Self::Open { .. }
+        )
     }
 }
 

@@ -184,7 +184,8 @@ fn route(mut message: RouteMessage, links: &[Link]) -> Option<RouteMessage> {
     }
     // An IPv6 kernel says that a refusing route goes over `lo`.
     message.attributes.retain(|attribute| {
-        !matches!(attribute, RouteAttribute::CacheInfo(_)) && !(refuses && matches!(attribute, RouteAttribute::Oif(_)))
+        let lo = refuses && matches!(attribute, RouteAttribute::Oif(_));
+        !lo && !matches!(attribute, RouteAttribute::CacheInfo(_))
     });
     (refuses || has_interface).then_some(message)
 }
