@@ -4,11 +4,12 @@ import os
 import signal
 import time
 
-from harness.crictl import Pod, crictl, pids
+from harness.containerd import version
+from harness.crictl import HANDLER, Pod, crictl, pids
 
 
-def _dies(kill):
-    """Starts a pod with a container, kills something, and wants the container dead within 2 s."""
+def _dies(kill, within=2):
+    """Starts a pod with a container, kills something, and wants the container dead within so many seconds."""
     it = Pod().run()
     try:
         box = it.start(["sleep", "1000"])
@@ -18,7 +19,7 @@ def _dies(kill):
             time.sleep(0.05)
         took = time.monotonic() - start
         print(f"    told after {took:.1f} s", flush=True)
-        assert took < 2, f"the container's death was told after {took:.1f} s"
+        assert took < within, f"the container's death was told after {took:.1f} s"
     finally:
         it.remove()
 
@@ -43,7 +44,9 @@ def test_fs_daemon_killed():
 
 def test_shim_killed():
     """kill -9 of the shim."""
-    _dies(_kill9("containerd-shim-husk-v2"))
+    # containerd 2 tells itself of the exit before it has forgotten the dead shim; when its CRI service is the quicker one, its deletion
+    # of the task fails with "ttrpc: closed" and is tried again 2 s later. With runc's shim it is the same (HUSK_TEST_HANDLER=runc).
+    _dies(_kill9(f"containerd-shim-{HANDLER}-v2"), within=4 if version() >= (2, 0) else 2)
 
 
 def test_guest_panics():
