@@ -39,7 +39,8 @@ pub(crate) enum BootError {
 /// Where cgroup v2 is mounted.
 pub(crate) const CGROUP_DIR: &str = "/sys/fs/cgroup";
 
-/// The pod-wide /dev/shm, bound into containers that share the pod's ipc namespace.
+/// The pod-wide /dev/shm, bound into containers that share the pod's ipc namespace. As large as containerd makes it (its CRI plugin's
+/// defaultShmSize); who wants more mounts an emptyDir in memory there.
 pub(crate) const SHM_DIR: &str = "/run/husk/shm";
 
 /// Open files of the agent, and of containers whose spec sets no limit: the kernel's fs.nr_open, which is what containers get from
@@ -69,7 +70,7 @@ fn mounts() -> Result<(), BootError> {
     mount_at("sysfs", "/sys", "sysfs", SAFE, None)?;
     mount_at("cgroup2", CGROUP_DIR, "cgroup2", SAFE, Some("nsdelegate,memory_recursiveprot"))?;
     mount_at("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"))?;
-    mount_at("tmpfs", SHM_DIR, "tmpfs", SAFE, Some("mode=1777"))?;
+    mount_at("tmpfs", SHM_DIR, "tmpfs", SAFE, Some("mode=1777,size=65536k"))?;
     // Absent where the kernel has no such file system; needed for AppArmor profiles only.
     match mount(Some("securityfs"), "/sys/kernel/security", Some("securityfs"), SAFE, None::<&str>) {
         Ok(()) | Err(Errno::ENODEV | Errno::ENOENT) => {}

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use husk_agent_api::agent::{CreateContainerRequest, ExecProcessRequest, SignalProcessRequest, Stdio};
+use husk_agent_api::agent::{CreateContainerRequest, ExecProcessRequest, HugeVolume, SignalProcessRequest, Stdio};
 use husk_cell::cgroup::{Cgroup, Stats};
 use husk_cell::{CellError, CgroupError, Created, ExecRequest, Namespaces, Starter};
 use nix::errno::Errno;
@@ -18,6 +18,7 @@ use tokio::task::{AbortHandle, spawn_blocking};
 use crate::cell::{PATIENCE, build, kill, on_cgroup, remove, set_oom_score};
 use crate::dial::Dialler;
 use crate::events::Events;
+use crate::huge::{HugeError, HugePages};
 use crate::oom::Oom;
 use crate::process::Process;
 use crate::reaper::{Exit, Reaper, Spawning};
@@ -62,6 +63,8 @@ pub(crate) enum ContainerError {
         source: Errno,
     },
     #[error(transparent)]
+    Huge(#[from] HugeError),
+    #[error(transparent)]
     Stdio(#[from] StdioError),
     #[error("A thread of the agent ended early")]
     Thread(#[from] tokio::task::JoinError),
@@ -77,6 +80,7 @@ pub(crate) struct Containers {
     events: Arc<Events>,
     table: Mutex<HashMap<String, Arc<Container>>>,
     pod_pid_namespace: Arc<Mutex<()>>,
+    huge: Arc<HugePages>,
 }
 
 struct Container {
@@ -114,7 +118,14 @@ impl Drop for Made {
 impl Containers {
     /// No containers yet.
     pub(crate) fn new(dialler: Dialler, reaper: Arc<Reaper>, events: Arc<Events>) -> Self {
-        Self { dialler, reaper, events, table: Mutex::default(), pod_pid_namespace: Arc::default() }
+        Self {
+            dialler,
+            reaper,
+            events,
+            table: Mutex::default(),
+            pod_pid_namespace: Arc::default(),
+            huge: Arc::default(),
+        }
     }
 
     /// Makes a container up to the exec of its first process, whose pid it returns.
@@ -126,12 +137,13 @@ impl Containers {
         let mut making = step.clone().lock_owned().await;
         let container = Arc::new(Container { id: request.id.clone(), step, made: OnceLock::new() });
         self.insert(&container)?;
-        match self.make(&container, spec, &request.stdio).await {
+        match self.make(&container, spec, &request).await {
             Ok((starter, pid)) => {
                 *making = Step::Created(starter);
                 Ok(pid)
             }
             Err(error) => {
+                self.huge.release(&request.id);
                 *making = Step::Deleted;
                 lock(&self.table).remove(&request.id);
                 Err(error)
@@ -151,8 +163,15 @@ impl Containers {
         Ok(())
     }
 
-    async fn make(&self, container: &Arc<Container>, spec: Spec, stdio: &Stdio) -> Result<(Starter, u32)> {
-        let id = &container.id;
+    async fn make(
+        &self,
+        container: &Arc<Container>,
+        spec: Spec,
+        request: &CreateContainerRequest,
+    ) -> Result<(Starter, u32)> {
+        let (id, stdio): (_, &Stdio) = (&container.id, &request.stdio);
+        self.reserve(id, spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()), &request.huge_volumes)
+            .await?;
         let seccomp = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone());
         let (theirs, ends) = stdio::prepare(stdio)?;
         let spawning = self.reaper.spawning();
@@ -171,6 +190,16 @@ impl Containers {
             remove(id, cgroup).await?;
         }
         outcome
+    }
+
+    /// Sets huge pages aside for a container and makes its volumes of them.
+    async fn reserve(&self, id: &str, resources: Option<&LinuxResources>, volumes: &[HugeVolume]) -> Result<()> {
+        let limits = resources.and_then(|resources| resources.hugepage_limits().clone()).unwrap_or_default();
+        if limits.iter().all(|limit| limit.limit() == 0) && volumes.is_empty() {
+            return Ok(());
+        }
+        let (id, volumes, huge) = (id.to_owned(), volumes.to_vec(), self.huge.clone());
+        Ok(spawn_blocking(move || huge.reserve(&id, &limits, &volumes)).await??)
     }
 
     /// Puts what was built into the container, and begins to watch it.
@@ -257,6 +286,7 @@ impl Containers {
             )));
         }
         remove(id, made.cgroup.clone()).await?;
+        self.huge.release(id);
         *step = Step::Deleted;
         lock(&self.table).remove(id);
         Ok(())
@@ -401,6 +431,9 @@ impl Containers {
         let resources: LinuxResources = serde_json::from_slice(resources)
             .map_err(|source| ContainerError::Json { what: "the container's resources", source })?;
         let cgroup = self.find(id)?.made()?.cgroup.clone();
+        if resources.hugepage_limits().is_some() {
+            self.reserve(id, Some(&resources), &[]).await?;
+        }
         on_cgroup(format!("set the limits of container {id}"), move || cgroup.set(&resources)).await
     }
 

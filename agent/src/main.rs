@@ -9,6 +9,7 @@ mod descriptor;
 mod dial;
 mod events;
 mod forward;
+mod huge;
 mod log;
 mod net;
 mod oom;

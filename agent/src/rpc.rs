@@ -26,6 +26,7 @@ use crate::apparmor;
 use crate::container::{ContainerError, Containers};
 use crate::dial::{Connection, Dialler};
 use crate::events::Events;
+use crate::huge::HugeError;
 use crate::pod::{self, PodError};
 use crate::reaper::{Children, Reaper};
 use crate::shutdown::Machine;
@@ -204,6 +205,7 @@ fn container_status(error: ContainerError) -> ttrpc::Error {
         ContainerError::Exists(_) => Code::ALREADY_EXISTS,
         ContainerError::Unfit(_)
         | ContainerError::Json { .. }
+        | ContainerError::Huge(HugeError::Unfit(_))
         | ContainerError::Cell { source: CellError::Invalid(_), .. }
         | ContainerError::Cgroup { source: CgroupError::Invalid(_), .. } => Code::INVALID_ARGUMENT,
         ContainerError::State(_) | ContainerError::Cell { source: CellError::NotRunning, .. } => {

@@ -106,6 +106,14 @@ impl PodCgroup {
         Ok(())
     }
 
+    /// Lets the pod's processes run on these of the host's CPUs and memory nodes only; empty: on all that the parent has now.
+    pub(crate) fn confine(&self, cpus: &str, mems: &str) -> Result<(), CgroupError> {
+        let has_v1 = self.directories.iter().any(|directory| directory.kind == Kind::V1 { cpuset: true });
+        // A controller is in one hierarchy only: v2 beside v1 has it where v1 has not.
+        let concerned = self.directories.iter().filter(|directory| !(has_v1 && directory.kind == Kind::V2));
+        concerned.into_iter().try_for_each(|directory| directory.confine(cpus, mems))
+    }
+
     /// Moves the calling process out, to the root of each hierarchy.
     pub(crate) fn leave(&self) -> Result<(), CgroupError> {
         self.directories.iter().try_for_each(|directory| enter(&directory.root))
@@ -139,6 +147,49 @@ impl Directory {
             parent = child;
         }
         Ok(())
+    }
+
+    /// See [`PodCgroup::confine`].
+    fn confine(&self, cpus: &str, mems: &str) -> Result<(), CgroupError> {
+        match self.kind {
+            Kind::V1 { cpuset: false } => return Ok(()),
+            Kind::V1 { cpuset: true } => {}
+            // Only the pods that need it have the controller.
+            Kind::V2 => {
+                for parent in self.path.ancestors().skip(1).take_while(|parent| parent.starts_with(&self.root)) {
+                    if parent.join("cpuset.cpus").exists() || parent == self.root {
+                        self.give_cpuset_below(parent)?;
+                        break;
+                    }
+                }
+            }
+        }
+        for (name, value) in [("cpus", cpus), ("mems", mems)] {
+            let file = cpuset_file(&self.path, name);
+            let mut value = value.to_owned();
+            if value.is_empty() {
+                // A set of a cgroup with processes can't be emptied again (ENOSPC).
+                let parent = self.path.parent().unwrap_or(&self.root);
+                let parent = match self.kind {
+                    Kind::V1 { .. } => cpuset_file(parent, name),
+                    Kind::V2 => parent.join(format!("cpuset.{name}.effective")),
+                };
+                value = fs::read_to_string(&parent).map_err(failed("read", &parent))?;
+            }
+            fs::write(&file, value.trim()).map_err(failed("write", &file))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the v2 cgroups from `top`, which has the controller, down to this one the controller too.
+    fn give_cpuset_below(&self, top: &Path) -> Result<(), CgroupError> {
+        let mut between: Vec<&Path> =
+            self.path.ancestors().skip(1).take_while(|parent| parent.starts_with(top)).collect();
+        between.reverse();
+        between.into_iter().try_for_each(|parent| {
+            let control = parent.join("cgroup.subtree_control");
+            fs::write(&control, "+cpuset").map_err(failed("write", &control))
+        })
     }
 
     fn remove(&self, deadline: &Deadline) -> Result<(), CgroupError> {
@@ -268,10 +319,7 @@ fn delegate(parent: &Path) {
 /// Gives a new v1 cpuset its parent's CPUs and memory nodes (Documentation/admin-guide/cgroup-v1/cpusets.rst).
 fn inherit_cpuset(parent: &Path, child: &Path) -> Result<(), CgroupError> {
     for name in ["cpus", "mems"] {
-        // With the mount option noprefix the files have short names.
-        let file =
-            if child.join(format!("cpuset.{name}")).exists() { format!("cpuset.{name}") } else { name.to_owned() };
-        let (from, to) = (parent.join(&file), child.join(&file));
+        let (from, to) = (cpuset_file(parent, name), cpuset_file(child, name));
         let own = fs::read_to_string(&to).map_err(failed("read", &to))?;
         if own.trim().is_empty() {
             let value = fs::read_to_string(&from).map_err(failed("read", &from))?;
@@ -279,6 +327,12 @@ fn inherit_cpuset(parent: &Path, child: &Path) -> Result<(), CgroupError> {
         }
     }
     Ok(())
+}
+
+/// With v1's mount option noprefix the files have short names.
+fn cpuset_file(directory: &Path, name: &str) -> PathBuf {
+    let long = directory.join(format!("cpuset.{name}"));
+    if long.exists() || !directory.join(name).exists() { long } else { directory.join(name) }
 }
 
 /// Moves the calling process into the cgroup at `directory`.

@@ -4,6 +4,7 @@ use containerd_shim_protos::ttrpc::{self, Code};
 use thiserror::Error;
 
 use crate::apparmor::ProfileError;
+use crate::cgroup::CgroupError;
 use crate::container::stdio::StdioError;
 use crate::id::IdError;
 use crate::peer::PeerError;
@@ -87,6 +88,19 @@ pub(crate) enum Error {
     /// The agent or the VMM.
     #[error(transparent)]
     Peer(#[from] PeerError),
+    /// The pod's cgroup.
+    #[error("cannot keep the pod to the CPUs and memory nodes that its containers name")]
+    Cgroup(#[from] CgroupError),
+    /// A limit that the machine can't follow.
+    #[error(
+        "the new limit of {wanted} is more than the pod's virtual machine has ({has}), which does not grow: start the pod anew with it"
+    )]
+    Beyond {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        has: String,
+    },
     /// Work that was cut off.
     #[error("the work on the request ended early")]
     Cut(#[from] tokio::task::JoinError),
@@ -100,13 +114,13 @@ impl Error {
             Self::AlreadyExists { .. } => Code::ALREADY_EXISTS,
             Self::State { .. } | Self::Down { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Id(_) | Self::Spec(_) | Self::Message { .. } => Code::INVALID_ARGUMENT,
+            Self::Id(_) | Self::Spec(_) | Self::Message { .. } | Self::Beyond { .. } => Code::INVALID_ARGUMENT,
             Self::Peer(error) => error.code(),
             Self::Boot(error) => error.code(),
             Self::Profile(ProfileError::Peer(error)) => error.code(),
             Self::Profile(ProfileError::Read { .. } | ProfileError::Cut(_)) => Code::INTERNAL,
             Self::Profile(_) => Code::INVALID_ARGUMENT,
-            Self::Stdio(_) | Self::Storage(_) | Self::Cut(_) => Code::INTERNAL,
+            Self::Stdio(_) | Self::Storage(_) | Self::Cgroup(_) | Self::Cut(_) => Code::INTERNAL,
         }
     }
 }

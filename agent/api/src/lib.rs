@@ -19,5 +19,8 @@ pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 /// Where the guest mounts the pod's share directory (virtio-fs).
 pub const SHARED_DIR: &str = "/run/husk/shared";
 
+/// Where the guest mounts the pod's huge page volumes, each by its name in CreateContainer.
+pub const HUGE_DIR: &str = "/run/husk/huge";
+
 /// Kernel command line key that carries the boot nonce: 32 lower-case hexadecimal digits.
 pub const NONCE_KEY: &str = "husk.nonce";

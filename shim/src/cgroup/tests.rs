@@ -95,3 +95,28 @@ fn joins_and_leaves() {
     assert!(!fs::read_to_string("/proc/self/cgroup").unwrap().contains(&path));
     cgroup.remove(Duration::from_secs(1)).unwrap();
 }
+
+#[test]
+#[ignore = "needs root and writable cgroups"]
+fn confines_to_cpus_and_takes_it_back() {
+    let path = format!("/husk-test-cpus-{}/leaf", std::process::id());
+    let cgroup = PodCgroup::find(&path).unwrap();
+    for directory in &cgroup.directories {
+        directory.make().unwrap();
+    }
+    let v1 = cgroup.directories.iter().find(|directory| directory.kind == Kind::V1 { cpuset: true });
+    let directory = v1.unwrap_or(&cgroup.directories[0]);
+    let read = |directory: &Path| fs::read_to_string(cpuset_file(directory, "cpus")).unwrap().trim().to_owned();
+    let all = match v1 {
+        Some(_) => read(&directory.root),
+        None => fs::read_to_string(directory.root.join("cpuset.cpus.effective")).unwrap().trim().to_owned(),
+    };
+    cgroup.confine("0", "0").unwrap();
+    assert_eq!(read(&directory.path), "0");
+    cgroup.confine("", "").unwrap();
+    assert_eq!(read(&directory.path), all);
+    cgroup.remove(Duration::from_secs(1)).unwrap();
+    for directory in &cgroup.directories {
+        fs::remove_dir(directory.path.parent().unwrap()).unwrap();
+    }
+}

@@ -139,7 +139,7 @@ pub(crate) async fn boot(request: Request<'_>) -> Result<(Machine, Events), Box<
                 ms(phases.start_pod),
                 ms(begun.elapsed()),
             );
-            Ok((Machine::new(held, dial, agent), events))
+            Ok((Machine::new(held, dial, agent, request.size), events))
         }
         Err(error) => {
             held.release().await;

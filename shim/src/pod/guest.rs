@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use containerd_shim_protos::api::Mount;
-use husk_agent_api::agent::CreateContainerRequest;
+use husk_agent_api::agent::{CreateContainerRequest, HugeVolume};
 use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
 use super::Pod;
+use super::cpusets::CpuSet;
 use super::machine::{Machine, unmount_below};
 use crate::apparmor;
 use crate::container::Container;
@@ -18,8 +19,10 @@ use crate::container::stdio::Pending;
 use crate::error::{Error, chain};
 use crate::peer::PeerError;
 use crate::spec::SpecError;
-use crate::spec::guest::{self, HostBind};
+use crate::spec::guest;
 use crate::spec::load::Role;
+use crate::spec::mounts::{HostBind, LIVE, MOUNTS};
+use crate::storage::source::HugePages;
 use crate::storage::{self, BindOptions, RootfsMount, StorageError};
 
 /// A container's files on the host, and where they go.
@@ -41,16 +44,20 @@ impl Pod {
         rootfs: &[Mount],
     ) -> Result<(), Error> {
         let begun = Instant::now();
+        let set = CpuSet::of(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()));
         let guest = guest::convert(spec, &container.id, role)?;
         let files = Files {
             share: machine.shared().join(container.share()),
             rootfs: rootfs.iter().map(rootfs_mount).collect(),
             bundle_rootfs: Path::new(&container.bundle).join(&guest.rootfs),
-            binds: guest.binds,
+            binds: guest.needs.binds,
         };
         let share = files.share.clone();
-        let outcome = self.build(machine, container, &guest.spec, files, begun).await;
+        let huge = guest.needs.huge.into_iter().map(huge_volume).collect();
+        machine.cpusets.put(&container.id, set.unwrap_or_default(), machine.cgroup.as_ref())?;
+        let outcome = self.build(machine, container, &guest.spec, files, huge, begun).await;
         if outcome.is_err() {
+            release_cpus(machine, &container.id);
             take_back(share).await;
         }
         outcome
@@ -63,6 +70,7 @@ impl Pod {
         container: &Arc<Container>,
         spec: &Spec,
         files: Files,
+        huge_volumes: Vec<HugeVolume>,
         begun: Instant,
     ) -> Result<(), Error> {
         let init = &container.init;
@@ -88,6 +96,7 @@ impl Pod {
             id: container.id.to_string(),
             spec: serde_json::to_vec(spec).map_err(|error| Error::Spec(SpecError::Encode(error)))?,
             stdio: Some(pending.request(init.size())).into(),
+            huge_volumes,
             ..Default::default()
         };
         machine.agent.create_container(&request).await?;
@@ -128,6 +137,7 @@ impl Pod {
             drain(&process, &container.id).await;
         }
         if let Some(machine) = machine {
+            release_cpus(&machine, &container.id);
             take_back(machine.shared().join(container.share())).await;
         }
         Ok(())
@@ -140,6 +150,13 @@ impl Pod {
             ignore_absent(machine.agent.delete_process(&container.id, &process.exec_id).await);
         }
         container.remove_exec(&process.exec_id);
+    }
+}
+
+/// Lets the others' CPUs count only.
+fn release_cpus(machine: &Machine, id: &str) {
+    if let Err(error) = machine.cpusets.remove(id, machine.cgroup.as_ref()) {
+        warn!("cannot set the pod's CPUs anew: {}", chain(&error));
     }
 }
 
@@ -169,6 +186,11 @@ fn rootfs_mount(mount: &Mount) -> RootfsMount {
     }
 }
 
+fn huge_volume((name, pages): (String, HugePages)) -> HugeVolume {
+    let HugePages { page_size, size, mode, uid, gid, .. } = pages;
+    HugeVolume { name, page_size, size, mode, uid, gid, ..Default::default() }
+}
+
 /// Mounts a container's files into its part of the share directory.
 fn mount(files: &Files) -> Result<(), StorageError> {
     let root = files.share.join("rootfs");
@@ -180,8 +202,7 @@ fn mount(files: &Files) -> Result<(), StorageError> {
         storage::mount_rootfs(&files.rootfs, &root)?;
     }
     for bind in &files.binds {
-        let target = files.share.join("mounts").join(bind.number.to_string());
-        storage::bind(&bind.source, &target, bind.options)?;
+        storage::bind(&bind.source, &files.share.join(&bind.place), bind.options)?;
     }
     Ok(())
 }
@@ -204,8 +225,10 @@ async fn take_back(share: PathBuf) {
 
 /// Removes empty directories and files that were mount points; whatever is not empty stays, and is an error.
 fn remove_mount_points(share: &Path) -> std::io::Result<()> {
-    let mounts = share.join("mounts");
-    if mounts.exists() {
+    for mounts in [share.join(MOUNTS), share.join(LIVE)] {
+        if !mounts.exists() {
+            continue;
+        }
         for entry in std::fs::read_dir(&mounts)? {
             let entry = entry?;
             if entry.file_type()?.is_dir() {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tracing::warn;
 
+use super::cpusets::CpuSets;
 use super::state::{Directory, Record};
 use crate::apparmor::Given;
 use crate::cgroup::PodCgroup;
@@ -18,6 +19,7 @@ use crate::peer::agent::Agent;
 use crate::peer::dial::Dial;
 use crate::peer::helper::Helper;
 use crate::peer::vmm::Vmm;
+use crate::spec::size::Size;
 use crate::storage;
 
 /// Longest wait for a killed process to be gone.
@@ -111,6 +113,12 @@ pub(crate) struct Machine {
     pub(crate) agent: Agent,
     /// The VMM's process id, which containerd is told for every process of the pod.
     pub(crate) pid: u32,
+    /// Its size.
+    pub(crate) size: Size,
+    /// Its cgroup.
+    pub(crate) cgroup: Option<PodCgroup>,
+    /// The host's CPUs that its containers name.
+    pub(crate) cpusets: CpuSets,
     /// What it has on the host.
     pub(crate) held: tokio::sync::RwLock<Held>,
     directory: Directory,
@@ -124,12 +132,15 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// A machine whose agent has started the pod.
-    pub(crate) fn new(held: Held, dial: Dial, agent: Agent) -> Self {
+    pub(crate) fn new(held: Held, dial: Dial, agent: Agent, size: Size) -> Self {
         Self {
             dial,
             agent,
             pid: held.vmm.as_ref().map_or(0, |vmm| vmm.helper.pid),
             directory: held.directory.clone(),
+            size,
+            cgroup: held.cgroup.clone(),
+            cpusets: CpuSets::default(),
             held: tokio::sync::RwLock::new(held),
             down: watch::Sender::new(None),
             gone: watch::Sender::new(false),

@@ -1,6 +1,7 @@
 //! The pod: its containers and its machine, and what containerd may ask of them. `create` starts the machine, `stop` sees its end,
 //! `recover` cleans up after a dead shim.
 
+mod cpusets;
 pub(crate) mod create;
 pub(crate) mod guest;
 pub(crate) mod machine;
@@ -18,6 +19,7 @@ use containerd_shim_protos::events::task::{
 };
 use containerd_shim_protos::protobuf::MessageField;
 use husk_agent_api::agent::StatsResponse;
+use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
@@ -30,7 +32,8 @@ use crate::error::{Error, chain};
 use crate::id::Id;
 use crate::service::events::Publisher;
 use crate::spec::load::{self, Role};
-use crate::spec::size;
+use crate::spec::{resources, size};
+use cpusets::CpuSet;
 use machine::Machine;
 
 /// Most containers of a pod.
@@ -359,8 +362,13 @@ impl Pod {
             return Ok(());
         }
         let message = |source| Error::Message { what: "resources of the update", source };
-        let resources = crate::spec::guest::guest_resources(serde_json::from_slice(resources).map_err(message)?);
+        let resources: LinuxResources = serde_json::from_slice(resources).map_err(message)?;
         let machine = self.running("update a container")?;
+        resources::fit(&resources, machine.size, host_cpus())?;
+        if let Some(set) = CpuSet::of(Some(&resources)) {
+            machine.cpusets.put(id, set, machine.cgroup.as_ref())?;
+        }
+        let resources = resources::guest_resources(resources)?;
         Ok(machine.agent.update(id, serde_json::to_vec(&resources).map_err(message)?).await?)
     }
 

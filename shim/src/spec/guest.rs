@@ -3,55 +3,39 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Spec};
+use oci_spec::runtime::{Hooks, Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
 
 use super::SpecError;
 use super::load::{self, Role};
-use crate::storage::{BindOptions, Propagation};
-
-/// Most mounts of a container.
-pub(crate) const MAX_MOUNTS: usize = 1024;
+use super::mounts::{Needs, guest_mounts};
+use super::resources::guest_resources;
 
 /// The pod's shared pid namespace in the guest.
 const SHARED_PID: &str = "/run/husk/ns/pid";
 
-/// The pod's /dev/shm in the guest.
-const SHARED_SHM: &str = "/run/husk/shm";
-
-/// Device nodes that every guest has: major and minor of character devices (Documentation/admin-guide/devices.txt).
-const GUEST_DEVICES: [(i64, i64); 10] = [
-    (1, 3),    // null
-    (1, 5),    // zero
-    (1, 7),    // full
-    (1, 8),    // random
-    (1, 9),    // urandom
-    (1, 11),   // kmsg
-    (5, 0),    // tty
-    (5, 2),    // ptmx
-    (10, 200), // net/tun
-    (10, 229), // fuse
+/// Device nodes that every guest has: major and minor of character devices (Documentation/admin-guide/devices.txt), and name in /dev.
+pub(super) const GUEST_DEVICES: [(i64, i64, &str); 10] = [
+    (1, 3, "null"),
+    (1, 5, "zero"),
+    (1, 7, "full"),
+    (1, 8, "random"),
+    (1, 9, "urandom"),
+    (1, 11, "kmsg"),
+    (5, 0, "tty"),
+    (5, 2, "ptmx"),
+    (10, 200, "net/tun"),
+    (10, 229, "fuse"),
 ];
 
-/// A file or directory of the host that goes into the container's part of the share directory.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct HostBind {
-    /// On the host.
-    pub(crate) source: PathBuf,
-    /// Its name there: `mounts/<number>`.
-    pub(crate) number: usize,
-    /// How.
-    pub(crate) options: BindOptions,
-}
-
 /// What the guest runs, and what it needs of the host's files.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct GuestSpec {
     /// The guest's spec.
     pub(crate) spec: Spec,
     /// The root file system as the host's spec names it, relative to the bundle.
     pub(crate) rootfs: PathBuf,
-    /// Sources of its bind mounts.
-    pub(crate) binds: Vec<HostBind>,
+    /// What its mounts need.
+    pub(crate) needs: Needs,
 }
 
 /// The guest's spec for container `id`, which is `role` in its pod.
@@ -66,13 +50,7 @@ pub(crate) fn convert(mut spec: Spec, id: &str, role: &Role) -> Result<GuestSpec
     root.set_path(shared.join("rootfs"));
     spec.set_root(Some(root));
 
-    let mounts = spec.mounts().clone().unwrap_or_default();
-    if mounts.len() > MAX_MOUNTS {
-        return Err(SpecError::TooManyMounts(mounts.len()));
-    }
-    let mut binds = Vec::new();
-    let mounts =
-        mounts.into_iter().map(|mount| guest_mount(mount, role, &shared, &mut binds)).collect::<Result<Vec<_>, _>>()?;
+    let (mounts, needs) = guest_mounts(spec.mounts().clone().unwrap_or_default(), role, &shared)?;
     spec.set_mounts(Some(mounts));
 
     let mut process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
@@ -82,17 +60,7 @@ pub(crate) fn convert(mut spec: Spec, id: &str, role: &Role) -> Result<GuestSpec
 
     let linux = spec.linux().clone().ok_or(SpecError::Missing("linux section"))?;
     spec.set_linux(Some(guest_linux(linux, id, role)?));
-    Ok(GuestSpec { spec, rootfs, binds })
-}
-
-/// The limits that mean something in the guest: no numbers of the host's CPUs, memory nodes and devices.
-pub(crate) fn guest_resources(mut resources: LinuxResources) -> LinuxResources {
-    if let Some(mut cpu) = resources.cpu().clone() {
-        cpu.set_cpus(None).set_mems(None).set_realtime_period(None).set_realtime_runtime(None);
-        resources.set_cpu(Some(cpu));
-    }
-    resources.set_block_io(None).set_hugepage_limits(None).set_network(None).set_rdma(None);
-    resources
+    Ok(GuestSpec { spec, rootfs, needs })
 }
 
 /// Hooks run on the host and expect the container's process and namespaces there.
@@ -113,59 +81,6 @@ fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), SpecError> {
     }
 }
 
-/// One mount: binds get a place in the share directory, everything else is made by the guest.
-fn guest_mount(mut mount: Mount, role: &Role, shared: &Path, binds: &mut Vec<HostBind>) -> Result<Mount, SpecError> {
-    let options = mount.options().clone().unwrap_or_default();
-    let is_bind = mount.typ().as_deref() == Some("bind") || options.iter().any(|o| o == "bind" || o == "rbind");
-    if !is_bind {
-        return Ok(mount);
-    }
-    let destination = mount.destination().clone();
-    let refuse = |why| SpecError::Mount { destination: destination.clone(), why };
-    let source = mount.source().clone().ok_or_else(|| refuse("has no source"))?;
-    if is_pod_shm(&source, &destination, role) {
-        mount.set_source(Some(SHARED_SHM.into()));
-        return Ok(mount);
-    }
-    if !source.is_absolute() {
-        return Err(refuse("has a source that is not an absolute path"));
-    }
-    if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-        return Err(refuse("wants its user ids mapped, which husk does not do"));
-    }
-    if options.iter().any(|option| option == "rshared" || option == "shared") {
-        return Err(refuse(
-            "wants its mounts to appear on the host (Bidirectional), which a virtual machine cannot do",
-        ));
-    }
-    let has = |name: &str| options.iter().any(|option| option == name);
-    let number = binds.len();
-    binds.push(HostBind {
-        source,
-        number,
-        options: BindOptions {
-            readonly: has("ro") || has("rro"),
-            recursive: has("rbind"),
-            propagation: if has("rslave") || has("slave") { Propagation::Slave } else { Propagation::Private },
-        },
-    });
-    mount.set_source(Some(shared.join("mounts").join(number.to_string())));
-    // Read-only is enforced on the host's mount, so that a writable mount below a read-only one stays writable; the guest, which
-    // sees one tree, must not make all of it read-only (but that is just what "rro" asks for).
-    let guest_options = options.into_iter().filter(|option| option != "ro").map(|option| match option.as_str() {
-        "rro" => "ro".to_owned(),
-        _ => option,
-    });
-    mount.set_options(Some(guest_options.collect()));
-    Ok(mount)
-}
-
-/// containerd makes a tmpfs for each sandbox on the host (`.../<sandbox id>/shm`); the guest has one of its own instead.
-fn is_pod_shm(source: &Path, destination: &Path, role: &Role) -> bool {
-    let Role::Member(sandbox) = role else { return false };
-    destination == Path::new("/dev/shm") && source.ends_with(Path::new(sandbox).join("shm"))
-}
-
 /// The Linux part.
 fn guest_linux(mut linux: Linux, id: &str, role: &Role) -> Result<Linux, SpecError> {
     if linux.uid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty()) {
@@ -179,7 +94,7 @@ fn guest_linux(mut linux: Linux, id: &str, role: &Role) -> Result<Linux, SpecErr
     let may_drop = allows_all_devices(linux.resources().as_ref());
     let devices = linux.devices().clone().unwrap_or_default();
     linux.set_devices(Some(guest_devices(devices, may_drop)?));
-    linux.set_resources(linux.resources().clone().map(guest_resources));
+    linux.set_resources(linux.resources().clone().map(guest_resources).transpose()?);
     linux.set_cgroups_path(Some(Path::new("/").join(id)));
     // The pod's parameters are the machine's: the agent sets them when the pod starts.
     if *role == Role::Single {
@@ -257,7 +172,7 @@ fn guest_devices(devices: Vec<LinuxDevice>, may_drop: bool) -> Result<Vec<LinuxD
     for device in devices {
         let known = device.typ().as_str() == "p"
             || (matches!(device.typ().as_str(), "c" | "u")
-                && GUEST_DEVICES.contains(&(device.major(), device.minor())));
+                && GUEST_DEVICES.iter().any(|(major, minor, _)| (*major, *minor) == (device.major(), device.minor())));
         if known {
             kept.push(device);
         } else if !may_drop {

@@ -3,6 +3,8 @@
 pub(crate) mod annotations;
 pub(crate) mod guest;
 pub(crate) mod load;
+pub(crate) mod mounts;
+pub(crate) mod resources;
 pub(crate) mod size;
 #[cfg(test)]
 mod tests;
@@ -59,13 +61,23 @@ pub(crate) enum SpecError {
         why: &'static str,
     },
     /// More mounts than anyone needs.
-    #[error("the spec has {0} mounts; {max} are possible", max = guest::MAX_MOUNTS)]
+    #[error("the spec has {0} mounts; {max} are possible", max = mounts::MAX_MOUNTS)]
     TooManyMounts(usize),
     /// A device of the host's.
     #[error("the device {path} ({major}:{minor}) of the host cannot be given to a virtual machine", path = path.display())]
     Device {
         /// Where in the container.
         path: PathBuf,
+        /// Major number.
+        major: i64,
+        /// Minor number.
+        minor: i64,
+    },
+    /// A limit on a device of the host's.
+    #[error(
+        "the limits name the block device {major}:{minor} of the host, which a virtual machine does not have: leave it out, or run the pod with runc"
+    )]
+    BlockIo {
         /// Major number.
         major: i64,
         /// Minor number.

@@ -81,10 +81,14 @@ fn of_container(spec: &Spec) -> Figures {
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     let cpu = resources.and_then(|resources| resources.cpu().as_ref());
     let memory = resources.and_then(|resources| resources.memory().as_ref());
+    let limit = memory.and_then(|memory| memory.limit()).unwrap_or(0);
+    // Huge pages are not part of the memory limit (cgroup-v2.rst, "HugeTLB").
+    let huge = resources.and_then(|resources| resources.hugepage_limits().as_deref()).unwrap_or_default();
+    let huge = huge.iter().map(|limit| limit.limit().max(0)).fold(0, i64::saturating_add);
     Figures {
         cpu_quota: cpu.and_then(|cpu| cpu.quota()).unwrap_or(0),
         cpu_period: cpu.and_then(|cpu| cpu.period()).unwrap_or(0),
         cpu_shares: cpu.and_then(|cpu| cpu.shares()).unwrap_or(0),
-        memory_limit: memory.and_then(|memory| memory.limit()).unwrap_or(0),
+        memory_limit: if limit > 0 { limit.saturating_add(huge) } else { limit },
     }
 }

@@ -32,7 +32,7 @@ fn member() -> Value {
             {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "ro"]},
             {"destination": "/etc/hosts", "type": "bind", "source": format!("{sandboxes}/hosts"), "options": ["rbind", "rprivate", "rw"]},
             {"destination": "/dev/shm", "type": "bind", "source": shm, "options": ["rbind", "rprivate", "rw"]},
-            {"destination": "/data", "type": "bind", "source": "/srv/data", "options": ["rbind", "rslave", "ro"]}
+            {"destination": "/data", "type": "bind", "source": "/etc", "options": ["rbind", "rslave", "ro"]}
         ],
         "annotations": {"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": SANDBOX},
         "linux": {
@@ -117,13 +117,14 @@ fn binds_go_to_the_share_directory_and_shm_stays_in_the_guest() {
     assert_eq!(mounts[1].typ().as_deref(), Some("cgroup"));
     assert_eq!(source(2), "/run/husk/shared/c0ffee/mounts/0");
     assert_eq!(source(3), "/run/husk/shm");
-    assert_eq!(source(4), "/run/husk/shared/c0ffee/mounts/1");
+    assert_eq!(source(4), "/run/husk/shared/c0ffee/live/1");
     assert_eq!(mounts[4].options().as_ref().unwrap(), &["rbind", "rslave"]);
-    assert_eq!(guest.binds.len(), 2);
-    assert_eq!(guest.binds[1].source.to_str(), Some("/srv/data"));
-    let options = guest.binds[1].options;
+    let binds = guest.needs.binds;
+    assert_eq!(binds.len(), 2);
+    assert_eq!((binds[1].source.to_str(), binds[1].place.to_str()), (Some("/etc"), Some("live/1")));
+    let options = binds[1].options;
     assert_eq!((options.readonly, options.recursive, options.propagation), (true, true, Propagation::Slave));
-    assert!(!guest.binds[0].options.readonly);
+    assert!(!options.readonly_below && !binds[0].options.readonly);
 }
 
 #[test]
@@ -131,7 +132,73 @@ fn a_volume_on_dev_shm_is_a_volume() {
     let mut value = member();
     value["mounts"][3]["source"] = json!("/var/lib/kubelet/pods/x/volumes/kubernetes.io~empty-dir/shm");
     let guest = converted(value).unwrap();
-    assert_eq!(guest.binds.len(), 3);
+    assert_eq!(guest.needs.binds.len(), 3);
+}
+
+#[test]
+fn the_guest_shows_read_only_where_it_is_so_throughout() {
+    let options = |source: &str, options: Value| {
+        let mut value = member();
+        value["mounts"] = json!([{"destination": "/x", "type": "bind", "source": source, "options": options}]);
+        let guest = converted(value).unwrap();
+        let mounts = guest.spec.mounts().clone().unwrap();
+        (mounts[0].options().clone().unwrap().contains(&"ro".to_owned()), guest.needs.binds[0].options)
+    };
+    // A file, a directory without mounts below it, one with some, and those with all made read-only.
+    assert!(options("/etc/passwd", json!(["rbind", "ro"])).0);
+    assert!(options("/etc", json!(["rbind", "ro"])).0);
+    let (shown, host) = options("/", json!(["rbind", "ro"]));
+    assert!(!shown && host.readonly && !host.readonly_below);
+    assert!(!options("/etc", json!(["rbind", "rslave", "ro"])).0);
+    let (shown, host) = options("/", json!(["rbind", "rro"]));
+    assert!(shown && host.readonly && host.readonly_below);
+    assert!(!options("/etc", json!(["rbind"])).0);
+}
+
+#[test]
+fn sources_of_the_hosts_kernel_are_the_guests_or_refused() {
+    let with = |source: &str| {
+        let mut value = member();
+        value["mounts"] = json!([{"destination": "/x", "type": "bind", "source": source, "options": ["bind"]}]);
+        converted(value)
+    };
+    let guest = with("/dev/null").unwrap();
+    assert_eq!(guest.spec.mounts().as_ref().unwrap()[0].source().as_ref().unwrap().to_str(), Some("/dev/null"));
+    assert!(guest.needs.binds.is_empty());
+    let directory = std::env::temp_dir().join(format!("husk-spec-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(directory.join("socket")).unwrap();
+    nix::unistd::mkfifo(&directory.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for name in ["socket", "fifo"] {
+        let error = with(directory.join(name).to_str().unwrap()).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("/x") && error.contains("run it with runc"), "{error}");
+    }
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+#[test]
+fn a_machine_follows_what_it_has_room_for() {
+    let size = Size { vcpus: 2, memory_mib: 256 };
+    let fit = |value: Value, host| super::resources::fit(&serde_json::from_value(value).unwrap(), size, host);
+    assert!(fit(json!({"memory": {"limit": 256 << 20}, "cpu": {"quota": 200000, "period": 100000}}), 8).is_ok());
+    assert!(fit(json!({"memory": {"limit": -1}, "cpu": {"quota": -1}}), 8).is_ok());
+    let error = fit(json!({"memory": {"limit": (256 << 20) + 1}}), 8).unwrap_err().to_string();
+    assert!(error.contains("268435457 bytes") && error.contains("256 MiB"), "{error}");
+    let error = fit(json!({"cpu": {"quota": 200001, "period": 100000}}), 8).unwrap_err().to_string();
+    assert!(error.contains("3 CPUs") && error.contains("(2)"), "{error}");
+    // The host itself has no more.
+    assert!(fit(json!({"cpu": {"quota": 800000, "period": 100000}}), 2).is_ok());
+}
+
+#[test]
+fn limits_on_the_hosts_devices_are_refused() {
+    let mut value = member();
+    value["linux"]["resources"]["blockIO"] = json!({"weight": 500});
+    assert!(converted(value.clone()).is_ok());
+    value["linux"]["resources"]["blockIO"] =
+        json!({"throttleReadBpsDevice": [{"major": 8, "minor": 16, "rate": 1000}]});
+    let error = converted(value).unwrap_err().to_string();
+    assert!(error.contains("8:16"), "{error}");
 }
 
 #[test]
@@ -164,7 +231,7 @@ fn refuses_what_cannot_be_done_truthfully() {
 fn mounts_are_bounded() {
     let mut value = member();
     let mount = json!({"destination": "/x", "type": "tmpfs", "source": "tmpfs"});
-    value["mounts"] = Value::Array(vec![mount; super::guest::MAX_MOUNTS + 1]);
+    value["mounts"] = Value::Array(vec![mount; super::mounts::MAX_MOUNTS + 1]);
     assert!(matches!(converted(value), Err(SpecError::TooManyMounts(_))));
 }
 

@@ -2,6 +2,7 @@
 //! shim's own mount namespace.
 
 pub(crate) mod rootfs;
+pub(crate) mod source;
 #[cfg(test)]
 mod tests;
 pub(crate) mod volume;

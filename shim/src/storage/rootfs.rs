@@ -53,6 +53,7 @@ fn mount_one(one: &RootfsMount, root: &Path) -> Result<(), StorageError> {
     if options.bind || one.kind == "bind" {
         let how = BindOptions {
             readonly: options.readonly(),
+            readonly_below: options.readonly(),
             recursive: options.recursive,
             propagation: Propagation::Private,
         };

@@ -32,9 +32,12 @@ fn binds_files_and_directories_read_only() {
         fs::create_dir_all(here.join("source/below")).unwrap();
         mount(Some("tmpfs"), &here.join("source/below"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
         write(here.join("source/below/file"), "x").unwrap();
+        let upper = BindOptions { readonly: true, recursive: true, ..Default::default() };
+        bind(&here.join("source"), &here.join("upper"), upper).unwrap();
+        assert_eq!(write(here.join("upper/new"), "").unwrap_err().raw_os_error(), Some(libc::EROFS));
+        write(here.join("upper/below/file"), "x").unwrap();
         let target = here.join("a/target");
-        bind(&here.join("source"), &target, BindOptions { readonly: true, recursive: true, ..Default::default() })
-            .unwrap();
+        bind(&here.join("source"), &target, BindOptions { readonly_below: true, ..upper }).unwrap();
         assert_eq!(read_to_string(target.join("below/file")).unwrap(), "x");
         for place in ["new", "below/new"] {
             let error = write(target.join(place), "").unwrap_err();

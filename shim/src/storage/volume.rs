@@ -21,15 +21,17 @@ pub(crate) enum Propagation {
     /// They do not.
     #[default]
     Private,
-    /// They do (Kubernetes' HostToContainer; Bidirectional too, as nothing mounted in a VM can reach the host).
+    /// They do (Kubernetes' HostToContainer).
     Slave,
 }
 
 /// How a file or directory is bound.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct BindOptions {
-    /// No write through the target; with `recursive`, none through any mount below it either.
+    /// No write through the target.
     pub(crate) readonly: bool,
+    /// None through any mount below it either.
+    pub(crate) readonly_below: bool,
     /// With all mounts below the source.
     pub(crate) recursive: bool,
     /// What happens later.
@@ -123,14 +125,19 @@ fn set_attributes(tree: &impl AsFd, options: BindOptions) -> Result<(), Error> {
         Propagation::Slave => libc::MS_SLAVE,
     };
     // Only husk-fs uses these mounts, for a guest: nothing on the host may open a device or run a program by them.
-    let inert = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
-    let attributes = libc::mount_attr {
-        attr_set: if options.readonly { inert | libc::MOUNT_ATTR_RDONLY } else { inert },
-        attr_clr: 0,
-        propagation,
-        userns_fd: 0,
-    };
-    let recursive = if options.recursive { libc::AT_RECURSIVE } else { 0 };
+    let mut everywhere = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+    if options.readonly_below {
+        everywhere |= libc::MOUNT_ATTR_RDONLY;
+    }
+    set_attribute(tree, everywhere, propagation, options.recursive)?;
+    // A file system below a read-only one stays as it is, as with mount(8)'s `rbind,ro`.
+    if options.readonly { set_attribute(tree, libc::MOUNT_ATTR_RDONLY, 0, false) } else { Ok(()) }
+}
+
+/// mount_setattr(2).
+fn set_attribute(tree: &impl AsFd, set: u64, propagation: u64, recursive: bool) -> Result<(), Error> {
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty C string, and the kernel reads `size_of::<mount_attr>()` bytes from a live mount_attr.
     let result = unsafe {
         libc::syscall(

@@ -3,7 +3,11 @@
 //! | where | names and attributes | contents |
 //! |---|---|---|
 //! | `<container>/rootfs/…` | an hour, missing names too: only the guest changes it | kept across opens |
+//! | `<container>/live/…` | names 0 s, attributes 1 s | as below |
 //! | everything else (`<container>/mounts/…`) | 1 s, symlinks' names 0 s | kept across opens if size and times are as at the last open |
+//!
+//! Below `live` are volumes in which the host mounts and unmounts while the pod runs: such a mount is seen at once, and one that no
+//! process uses is not held, which would make its unmounting on the host fail (a guest forgets what it may not remember).
 //!
 //! A ConfigMap or Secret changes by swapping the symlink `..data`: with 0 s for symlinks it is seen at once. Besides, AUTO_INVAL_DATA
 //! makes the guest drop cached contents whenever it sees another size or modification time.
@@ -26,6 +30,8 @@ pub enum Policy {
     Container,
     /// A container's root file system and all below it.
     Rootfs,
+    /// A volume that the host mounts in.
+    Live,
     /// Everything else.
     Volume,
 }
@@ -36,6 +42,7 @@ impl Policy {
         match (self, name) {
             (Self::Share, _) => Self::Container,
             (Self::Container, b"rootfs") => Self::Rootfs,
+            (Self::Container, b"live") | (Self::Live, _) => Self::Live,
             (Self::Container | Self::Volume, _) => Self::Volume,
             (Self::Rootfs, _) => Self::Rootfs,
         }
@@ -45,8 +52,8 @@ impl Policy {
     pub fn entry(self, kind: u32) -> Duration {
         match self {
             Self::Rootfs => ROOTFS,
-            // What the shim adds and takes away while the pod runs.
-            Self::Share | Self::Container => Duration::ZERO,
+            // What the shim, or the host, adds and takes away while the pod runs.
+            Self::Share | Self::Container | Self::Live => Duration::ZERO,
             Self::Volume if kind == libc::S_IFLNK => Duration::ZERO,
             Self::Volume => VOLUME,
         }
@@ -56,7 +63,7 @@ impl Policy {
     pub fn missing(self) -> Duration {
         match self {
             Self::Rootfs => ROOTFS,
-            Self::Share | Self::Container | Self::Volume => Duration::ZERO,
+            Self::Share | Self::Container | Self::Live | Self::Volume => Duration::ZERO,
         }
     }
 
@@ -64,7 +71,7 @@ impl Policy {
     pub fn attributes(self) -> Duration {
         match self {
             Self::Rootfs => ROOTFS,
-            Self::Share | Self::Container | Self::Volume => VOLUME,
+            Self::Share | Self::Container | Self::Live | Self::Volume => VOLUME,
         }
     }
 }
@@ -98,6 +105,7 @@ mod tests {
         assert_eq!(container.below(b"rootfs").below(b"mounts").below(b"etc"), Policy::Rootfs);
         assert_eq!(container.below(b"mounts").below(b"0").below(b"rootfs"), Policy::Volume);
         assert_eq!(Policy::Share.below(b"rootfs"), Policy::Container);
+        assert_eq!(container.below(b"live").below(b"0").below(b"mounts").entry(libc::S_IFDIR), Duration::ZERO);
         assert_eq!(Policy::Volume.entry(libc::S_IFLNK), Duration::ZERO);
         assert_eq!(Policy::Volume.missing(), Duration::ZERO);
     }

@@ -35,6 +35,8 @@ struct Key {
     /// Birth time: tells a new file from a dead one whose inode number it got. Not asked for where a descriptor keeps the number taken.
     birth: (i64, u32),
     readonly: bool,
+    /// A directory in which the host's later mounts appear is another one than the same without them.
+    live: bool,
 }
 
 /// How a node's file is reached.
@@ -163,7 +165,7 @@ impl Tree {
         // Its descriptors are closed without the lock.
         drop(old);
         lock(&self.ring).clear();
-        let key = Key::new(&stat, &mount, false);
+        let key = Key::new(&stat, &mount, Policy::Share, false);
         let mut inner = lock(&self.inner);
         inner.add(key, &stat, Policy::Share, mount, Place::Fd(Arc::new(root)));
         Ok(())
@@ -184,7 +186,7 @@ impl Tree {
     pub fn enter(&self, fd: Found, policy: Policy) -> sys::Result<(Arc<Node>, Statx)> {
         let stat = node::stat(fd.as_fd())?;
         let mount = self.mounts.of(&self.own, fd.as_fd(), &stat)?;
-        let (pinned, born) = (Key::new(&stat, &mount, false), Key::new(&stat, &mount, true));
+        let (pinned, born) = (Key::new(&stat, &mount, policy, false), Key::new(&stat, &mount, policy, true));
         // Both ways to be known, before the price of a handle is paid.
         if let Some(node) = lock(&self.inner).again(&[born, pinned]) {
             if let (Place::Handle(_), Found::Path(fd)) = (&node.place, fd) {
@@ -328,14 +330,20 @@ impl Tree {
 }
 
 impl Key {
-    /// The key of what has attributes `stat` on `mount`; with its birth time if `born`.
-    fn new(stat: &Statx, mount: &Mount, born: bool) -> Self {
+    /// The key of what has attributes `stat` on `mount`, met where `policy` holds; with its birth time if `born`.
+    fn new(stat: &Statx, mount: &Mount, policy: Policy, born: bool) -> Self {
         let birth = if born && stat.stx_mask & libc::STATX_BTIME != 0 {
             (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec)
         } else {
             (i64::MIN, u32::from(born))
         };
-        Self { device: (stat.stx_dev_major, stat.stx_dev_minor), inode: stat.stx_ino, birth, readonly: mount.readonly }
+        Self {
+            device: (stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
+            birth,
+            readonly: mount.readonly,
+            live: policy == Policy::Live && u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFDIR,
+        }
     }
 }
 

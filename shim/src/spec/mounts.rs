@@ -1,0 +1,149 @@
+//! A container's mounts: a bind mount's source gets a place in the share directory, or is given by the guest itself where it is a matter of
+//! the kernel; every other mount is made by the guest. What can't be done truthfully is refused.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Mount;
+
+use super::SpecError;
+use super::guest::GUEST_DEVICES;
+use super::load::Role;
+use crate::storage::source::{HugePages, MountPoints, Source};
+use crate::storage::{BindOptions, Propagation};
+
+/// Most mounts of a container.
+pub(crate) const MAX_MOUNTS: usize = 1024;
+
+/// In a container's part of the share directory: bind mounts.
+pub(crate) const MOUNTS: &str = "mounts";
+
+/// Beside it: those in which the host's later mounts appear. husk-fs knows this name (its cache.rs).
+pub(crate) const LIVE: &str = "live";
+
+/// The pod's /dev/shm in the guest.
+const SHARED_SHM: &str = "/run/husk/shm";
+
+/// A file or directory of the host that goes into the container's part of the share directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HostBind {
+    /// On the host.
+    pub(crate) source: PathBuf,
+    /// There: `mounts/<number>` or `live/<number>`.
+    pub(crate) place: PathBuf,
+    /// How.
+    pub(crate) options: BindOptions,
+}
+
+/// What the mounts of a container need.
+#[derive(Debug, Default)]
+pub(crate) struct Needs {
+    /// Of the host's files.
+    pub(crate) binds: Vec<HostBind>,
+    /// Of the guest's huge pages: volumes by their names below [`husk_agent_api::HUGE_DIR`].
+    pub(crate) huge: BTreeMap<String, HugePages>,
+}
+
+/// Turns the host's mounts into the guest's.
+pub(crate) fn guest_mounts(mounts: Vec<Mount>, role: &Role, shared: &Path) -> Result<(Vec<Mount>, Needs), SpecError> {
+    if mounts.len() > MAX_MOUNTS {
+        return Err(SpecError::TooManyMounts(mounts.len()));
+    }
+    let mut turn = Turn { role, shared, points: MountPoints::default(), needs: Needs::default() };
+    let mounts = mounts.into_iter().map(|mount| turn.mount(mount)).collect::<Result<Vec<_>, _>>()?;
+    Ok((mounts, turn.needs))
+}
+
+/// What turning mounts goes by, and what has come out so far.
+struct Turn<'a> {
+    role: &'a Role,
+    shared: &'a Path,
+    points: MountPoints,
+    needs: Needs,
+}
+
+impl Turn<'_> {
+    fn mount(&mut self, mut mount: Mount) -> Result<Mount, SpecError> {
+        let options = mount.options().clone().unwrap_or_default();
+        let is_bind = mount.typ().as_deref() == Some("bind") || options.iter().any(|o| o == "bind" || o == "rbind");
+        if !is_bind {
+            return Ok(mount);
+        }
+        let destination = mount.destination().clone();
+        let refuse = |why: &'static str| SpecError::Mount { destination: destination.clone(), why };
+        let source = mount.source().clone().ok_or_else(|| refuse("has no source"))?;
+        if is_pod_shm(&source, &destination, self.role) {
+            mount.set_source(Some(SHARED_SHM.into()));
+            return Ok(mount);
+        }
+        if !source.is_absolute() {
+            return Err(refuse("has a source that is not an absolute path"));
+        }
+        if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+            return Err(refuse("wants its user ids mapped, which husk does not do"));
+        }
+        if options.iter().any(|option| option == "rshared" || option == "shared") {
+            return Err(refuse(
+                "wants its mounts to appear on the host (Bidirectional), which a virtual machine cannot do",
+            ));
+        }
+        let kind = Source::of(&source);
+        match kind {
+            Source::Socket => Err(refuse(
+                "has a socket of the host as its source, whose other end cannot be reached from a virtual machine: run it with runc",
+            )),
+            Source::Fifo => Err(refuse(
+                "has a fifo of the host as its source, whose other end cannot be reached from a virtual machine: run it with runc",
+            )),
+            Source::Block => Err(refuse("has a block device as its source: give it as a device (volumeDevices)")),
+            Source::Character { major, minor } => {
+                let known = GUEST_DEVICES.iter().find(|(a, b, _)| (*a, *b) == (i64::from(major), i64::from(minor)));
+                let (_, _, name) = known.ok_or_else(|| {
+                    refuse("has a device of the host as its source, which a virtual machine does not have: run it with runc")
+                })?;
+                mount.set_source(Some(Path::new("/dev").join(name)));
+                Ok(mount)
+            }
+            Source::HugePages(pages) => {
+                let name = pages.device.to_string();
+                mount.set_source(Some(Path::new(husk_agent_api::HUGE_DIR).join(&name)));
+                self.needs.huge.insert(name, pages);
+                Ok(mount)
+            }
+            Source::File | Source::Directory => Ok(self.share(mount, &source, options, kind == Source::Directory)),
+        }
+    }
+
+    /// A file or directory.
+    fn share(&mut self, mut mount: Mount, source: &Path, options: Vec<String>, directory: bool) -> Mount {
+        let has = |name: &str| options.iter().any(|option| option == name);
+        let (readonly, below, recursive) = (has("ro") || has("rro"), has("rro"), has("rbind"));
+        let live = has("rslave") || has("slave");
+        let place = Path::new(if live { LIVE } else { MOUNTS }).join(self.needs.binds.len().to_string());
+        mount.set_source(Some(self.shared.join(&place)));
+        // Read-only is enforced on the host's mounts. The guest sees one file system: there the flag is for all that is below, so that it is
+        // set only where that makes no difference.
+        let one = below || !directory || !recursive || (!live && readonly && !self.points.below(source));
+        let guest_options = options.into_iter().filter(|option| one || option != "ro");
+        mount.set_options(Some(
+            guest_options.map(|option| if option == "rro" { "ro".to_owned() } else { option }).collect(),
+        ));
+        self.needs.binds.push(HostBind {
+            source: source.to_owned(),
+            place,
+            options: BindOptions {
+                readonly,
+                readonly_below: below,
+                recursive,
+                propagation: if live { Propagation::Slave } else { Propagation::Private },
+            },
+        });
+        mount
+    }
+}
+
+/// containerd makes a tmpfs for each sandbox on the host (`.../<sandbox id>/shm`); the guest has one of its own instead.
+fn is_pod_shm(source: &Path, destination: &Path, role: &Role) -> bool {
+    let Role::Member(sandbox) = role else { return false };
+    destination == Path::new("/dev/shm") && source.ends_with(Path::new(sandbox).join("shm"))
+}
