@@ -17,6 +17,7 @@ use tokio::task::{AbortHandle, spawn_blocking};
 
 use crate::cell::{PATIENCE, build, kill, on_cgroup, remove, set_oom_score};
 use crate::dial::Dialler;
+use crate::disk::{self, DiskError, Mounted};
 use crate::events::Events;
 use crate::huge::{HugeError, HugePages};
 use crate::oom::Oom;
@@ -66,6 +67,8 @@ pub(crate) enum ContainerError {
     Huge(#[from] HugeError),
     #[error(transparent)]
     Stdio(#[from] StdioError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error("A thread of the agent ended early")]
     Thread(#[from] tokio::task::JoinError),
 }
@@ -87,6 +90,8 @@ struct Container {
     id: String,
     /// Taken for each step of its life.
     step: Arc<tokio::sync::Mutex<Step>>,
+    /// Disks mounted for it.
+    disks: tokio::sync::Mutex<Mounted>,
     /// Set once, when it has been made.
     made: OnceLock<Made>,
 }
@@ -100,7 +105,8 @@ enum Step {
 
 struct Made {
     cgroup: Cgroup,
-    namespaces: Namespaces,
+    /// None once it is deleted: they keep its mounts.
+    namespaces: Mutex<Option<Namespaces>>,
     seccomp: Option<LinuxSeccomp>,
     init: Arc<Process>,
     running: AtomicBool,
@@ -131,13 +137,18 @@ impl Containers {
     /// Makes a container up to the exec of its first process, whose pid it returns.
     pub(crate) async fn create(&self, request: CreateContainerRequest) -> Result<u32> {
         check_id(&request.id)?;
-        let spec: Spec = serde_json::from_slice(&request.spec)
+        let mut spec: Spec = serde_json::from_slice(&request.spec)
             .map_err(|source| ContainerError::Json { what: "the container's spec", source })?;
         let step = Arc::new(tokio::sync::Mutex::new(Step::Making));
         let mut making = step.clone().lock_owned().await;
-        let container = Arc::new(Container { id: request.id.clone(), step, made: OnceLock::new() });
+        let id = request.id.clone();
+        let container = Arc::new(Container { id, step, disks: tokio::sync::Mutex::default(), made: OnceLock::new() });
         self.insert(&container)?;
-        match self.make(&container, spec, &request).await {
+        let making_it = async {
+            *container.disks.lock().await = disk::prepare(&request.disks, &mut spec).await?;
+            self.make(&container, spec, &request).await
+        };
+        match making_it.await {
             Ok((starter, pid)) => {
                 *making = Step::Created(starter);
                 Ok(pid)
@@ -145,6 +156,7 @@ impl Containers {
             Err(error) => {
                 self.huge.release(&request.id);
                 *making = Step::Deleted;
+                container.disks.lock().await.undo().await;
                 lock(&self.table).remove(&request.id);
                 Err(error)
             }
@@ -225,7 +237,7 @@ impl Containers {
         let watching = tokio::spawn(oom.clone().run(container.id.clone(), self.events.clone()));
         let made = Made {
             cgroup: cgroup.clone(),
-            namespaces,
+            namespaces: Mutex::new(Some(namespaces)),
             seccomp,
             init: Arc::new(init),
             running: AtomicBool::new(false),
@@ -287,6 +299,8 @@ impl Containers {
         }
         remove(id, made.cgroup.clone()).await?;
         self.huge.release(id);
+        drop(lock(&made.namespaces).take());
+        container.disks.lock().await.undo().await;
         *step = Step::Deleted;
         lock(&self.table).remove(id);
         Ok(())
@@ -338,8 +352,9 @@ impl Containers {
         let id = &container.id;
         let failed = |source| ContainerError::Cell { what: format!("run a process in container {id}"), source };
         let (theirs, ends) = stdio::prepare(stdio)?;
+        let namespaces = lock(&made.namespaces).clone().ok_or_else(|| container.not_running())?;
         let request = ExecRequest {
-            namespaces: made.namespaces.clone(),
+            namespaces,
             process,
             seccomp: made.seccomp.clone(),
             stdio: theirs,

@@ -7,6 +7,7 @@ mod cell;
 mod container;
 mod descriptor;
 mod dial;
+mod disk;
 mod events;
 mod forward;
 mod huge;

@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 import tempfile
-import time
 
 from .command import output, run
 from .containerd import CLIENT_CONFIG, NAMESPACE, SOCKET
@@ -112,13 +111,6 @@ class Container:
     def state(self):
         """CONTAINER_RUNNING and the like."""
         return self.status()["state"]
-
-    def wait_exited(self, within=10):
-        """Waits until containerd knows that the container has ended."""
-        end = time.monotonic() + within
-        while (state := self.state()) != "CONTAINER_EXITED":
-            assert time.monotonic() < end, f"container {self.name} is {state} after {within} s"
-            time.sleep(0.05)
 
     def logs(self):
         """What the container wrote so far."""

@@ -5,11 +5,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/sysinfo.h>
 #include <sys/random.h>
+#include <linux/fs.h>
+#include <linux/netlink.h>
 #include <linux/vm_sockets.h>
 #include <sched.h>
 #include <time.h>
@@ -86,6 +89,48 @@ static void wait_for_host(void) {
     }
 }
 
+/* Reads and writes a disk that has just come, and says what it saw. */
+static void use_disk(const char *name) {
+    static char data[512] __attribute__((aligned(512)));
+    char path[128], serial[64] = "", sectors[64] = "", ro[8] = "", first[64] = "";
+    struct { const char *file; char *text; size_t len; } attributes[] = {
+        {"serial", serial, sizeof serial}, {"size", sectors, sizeof sectors}, {"ro", ro, sizeof ro}};
+    for (size_t at = 0; at < 3; at++) {
+        snprintf(path, sizeof path, "/sys/block/%s/%s", name, attributes[at].file);
+        int fd = open(path, O_RDONLY);
+        if (fd < 0 || read(fd, attributes[at].text, attributes[at].len - 1) < 0) perror(path);
+        attributes[at].text[strcspn(attributes[at].text, "\n")] = 0;
+        close(fd);
+    }
+    snprintf(path, sizeof path, "/dev/%s", name);
+    int fd = open(path, ro[0] == '1' ? O_RDONLY : O_RDWR);
+    if (fd < 0 || pread(fd, data, 512, 0) != 512) perror(path);
+    snprintf(first, sizeof first, "%.32s", data);
+    memset(data, 0, sizeof data);
+    strcpy(data, "written by a guest");
+    /* Page cache on the way down, then a flush; a range made zeroes. */
+    unsigned long long range[] = {1024, 512};
+    int written = pwrite(fd, data, 512, 512) == 512 && !fsync(fd) && !ioctl(fd, BLKZEROOUT, range);
+    close(fd);
+    printf("disk %s serial=%s sectors=%s ro=%s first=%s written=%d\n", name, serial, sectors, ro, first, written);
+}
+
+/* Tells of disks as the kernel does (Documentation/ABI/testing/sysfs-uevent and kobject_uevent(9): text, NUL, variables). */
+static void watch_disks(void) {
+    struct sockaddr_nl all = {.nl_family = AF_NETLINK, .nl_groups = 1};
+    int fd = socket(AF_NETLINK, SOCK_DGRAM, NETLINK_KOBJECT_UEVENT);
+    if (fd < 0 || bind(fd, (struct sockaddr *)&all, sizeof all)) perror("uevents");
+    printf("ready\n");
+    for (;;) {
+        char event[8192] = "";
+        if (recv(fd, event, sizeof event - 1, 0) < 0) perror("uevent");
+        char *name = strstr(event, "/block/");
+        if (!name || strchr(name + 7, '/')) continue;
+        if (!strncmp(event, "add@", 4)) use_disk(name + 7);
+        if (!strncmp(event, "remove@", 7)) printf("gone %s\n", name + 7);
+    }
+}
+
 int main(void) {
     char cmdline[4096] = "";
     setvbuf(stdout, NULL, _IONBF, 0);
@@ -105,6 +150,7 @@ int main(void) {
     test = test ? test + strlen("husk.test=") : "poweroff";
     if (!strncmp(test, "vsock", 5)) talk();
     if (!strncmp(test, "files", 5)) use_files();
+    if (!strncmp(test, "disks", 5)) watch_disks();
     printf("ready\n");
     if (!strncmp(test, "template", 8)) wait_for_host();
     sync();

@@ -60,11 +60,14 @@ class Vm:
         self.dial, dial = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.dial.setblocking(False)
         dial.setblocking(False)
+        self.files, files = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.disk_number = 0
         console, console_write = os.pipe()
         fds = {
             "kvm": os.open("/dev/kvm", os.O_RDWR),
             "control": control.detach(),
             "dial": dial.detach(),
+            "disks": files.detach(),
             "console": console_write,
         }
         config = dict(id="test", vcpus=vcpus, memory_mib=memory_mib, **{**fds, **more})
@@ -133,10 +136,25 @@ class Vm:
         self.logger.join(limit)
         return code
 
-    def call(self, method, limit=20):
+    def attach_disk(self, path, serial, read_only=False, mode=None):
+        """Hands a file over and plugs it in; the PCI device number, or the status code below zero."""
+        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) if mode is None else mode)
+        self.disk_number += 1
+        socket.send_fds(self.files, [struct.pack("<Q", self.disk_number)], [fd])
+        os.close(fd)
+        request = bytes([8]) + varint(self.disk_number) + field(2, serial.encode()) + bytes([24, int(read_only)])
+        code, response = self.call("AttachDisk", request)
+        return -code if code else dict(fields(response))[1]
+
+    def detach_disk(self, device):
+        """Asks for a disk: the status code, whether the guest ejected it, and whether its file is closed."""
+        code, response = self.call("DetachDisk", bytes([8]) + varint(device))
+        told = dict(fields(response))
+        return code, bool(told.get(1)), bool(told.get(2))
+
+    def call(self, method, payload=b"", limit=20):
         """Calls a method of husk.vmm.v1.Vmm; returns its status code and the response's bytes."""
-        field = lambda number, data: bytes([number << 3 | 2]) + varint(len(data)) + data
-        request = field(1, b"husk.vmm.v1.Vmm") + field(2, method.encode())
+        request = field(1, b"husk.vmm.v1.Vmm") + field(2, method.encode()) + (field(3, payload) if payload else b"")
         # ttrpc: length, stream id (odd for a client), type 1 request, flags; all big-endian.
         self.stream = getattr(self, "stream", -1) + 2
         self.control.settimeout(limit)
@@ -196,6 +214,7 @@ class Vm:
         self.process.stderr.close()
         self.control.close()
         self.dial.close()
+        self.files.close()
         os.close(self.console)
 
 
@@ -205,6 +224,11 @@ def varint(value):
         data += bytes([value & 0x7F | 0x80])
         value >>= 7
     return data + bytes([value])
+
+
+def field(number, data):
+    """A length-delimited field in protobuf's wire format."""
+    return bytes([number << 3 | 2]) + varint(len(data)) + data
 
 
 def fields(data):

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex};
 
 use clap::Parser;
 use event_manager::SubscriberOps;
+use husk_backend::files::FileChannel;
 use husk_jail::seccomp::{self, ThreadKind};
 use husk_jail::{VmmJail, enter_vmm};
 use husk_vmm_api::config::{Start, VmConfig};
@@ -50,6 +51,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let phases = Phases::start();
+    husk_jail::bound_arenas();
     let args = Args::parse();
     let filter = EnvFilter::try_from_env("HUSK_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_env_filter(filter).init();
@@ -78,12 +80,14 @@ fn run(config_fd: RawFd, phases: Phases) -> Result<ExitReason, Box<dyn Error>> {
 
     let inherited = descriptors.take_all(&config)?;
     let control = descriptors.take("control socket", config.control)?;
+    let files = config.disks.map(|fd| descriptors.take("channel for disks", fd)).transpose()?;
+    let files = files.map(FileChannel::new).transpose()?;
     let ending = Arc::new(Ending::new()?);
     let mut events = EventLoop::new()?;
     events.add_subscriber(Arc::new(Mutex::new(EndingSubscriber(ending.clone()))));
     let machine = machine::build(&config, inherited, &mut events, ending.clone(), phases.clone())?;
     let running = machine.start()?;
-    control::start(control.into(), running, ending.clone(), phases)?;
+    control::start(control.into(), files, running, ending.clone(), phases)?;
     // Last, since threads inherit the filter of the one that starts them.
     seccomp::install(ThreadKind::Devices)?;
     let reason = serve(&mut events, &ending)?;
@@ -111,6 +115,7 @@ fn keep(config: &VmConfig) -> Vec<RawFd> {
         Start::Restore(snapshot) => keep.extend([snapshot.state, snapshot.memory]),
     }
     keep.extend(config.save.iter().flat_map(|snapshot| [snapshot.state, snapshot.memory]));
+    keep.extend(config.disks);
     keep.extend(config.nets.iter().filter_map(|net| net.tap));
     keep.extend(config.fs.as_ref().and_then(|fs| fs.socket));
     keep

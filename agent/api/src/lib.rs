@@ -22,5 +22,8 @@ pub const SHARED_DIR: &str = "/run/husk/shared";
 /// Where the guest mounts the pod's huge page volumes, each by its name in CreateContainer.
 pub const HUGE_DIR: &str = "/run/husk/huge";
 
+/// Where the guest mounts containers' own disks.
+pub const DISKS_DIR: &str = "/run/husk/disks";
+
 /// Kernel command line key that carries the boot nonce: 32 lower-case hexadecimal digits.
 pub const NONCE_KEY: &str = "husk.nonce";

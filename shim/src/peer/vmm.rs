@@ -1,16 +1,20 @@
 //! husk-vmm: its start, and the control connection whose end is also the VM's.
 
-use std::os::fd::OwnedFd;
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use containerd_shim_protos::ttrpc::r#async::Client;
 use containerd_shim_protos::ttrpc::asynchronous::transport::Socket;
 use containerd_shim_protos::ttrpc::context;
 use husk_vmm_api::config::{self, FsConfig, JailConfig, NetConfig, VmConfig};
+use husk_vmm_api::disk;
 use husk_vmm_api::exit::ExitReason;
-use husk_vmm_api::vmm::Empty;
+use husk_vmm_api::vmm::{AttachDiskRequest, DetachDiskRequest, Empty};
 use husk_vmm_api::vmm_ttrpc::VmmClient;
+use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 
 use super::PeerError;
 use super::helper::{self, Helper, Inherited};
@@ -24,6 +28,9 @@ pub(crate) const SHARED_TAG: &str = "husk";
 
 /// Longest wait for an answer on the control connection.
 const LIMIT: Duration = Duration::from_secs(5);
+
+/// Longest wait for the end of a disk: the VMM itself gives the guest 5 s, and the last request 2 s.
+const DETACH_LIMIT: Duration = Duration::from_secs(10);
 
 /// What a VM is made of.
 #[derive(Debug)]
@@ -59,6 +66,9 @@ pub(crate) struct Vmm {
     /// The guest's last words.
     pub(crate) console: Tail,
     client: VmmClient,
+    /// Where disks' files go, and the number of the next one.
+    disks: OwnedFd,
+    next_disk: AtomicU64,
     /// What it booted, to name where it fails.
     kernel: PathBuf,
 }
@@ -68,6 +78,9 @@ impl Vmm {
     pub(crate) fn start(start: Start<'_>) -> Result<Self, PeerError> {
         let socket = |source| PeerError::Socket { doing: "make the console's pipe", source };
         let (control, vmm_control) = helper::stream_pair()?;
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let (disks, vmm_disks) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+            .map_err(|source| PeerError::Socket { doing: "make the channel for disks", source: source.into() })?;
         let (console, vmm_console) = std::io::pipe().map_err(socket)?;
         let mut inherited = Inherited::default();
         let nets = start
@@ -88,6 +101,7 @@ impl Vmm {
             kvm: inherited.add(helper::open(Path::new("/dev/kvm"), true, "open KVM")?),
             control: inherited.add(vmm_control),
             dial: inherited.add(start.dial),
+            disks: Some(inherited.add(vmm_disks)),
             console: inherited.add(vmm_console.into()),
             serial: start.serial,
             nets,
@@ -105,7 +119,32 @@ impl Vmm {
         let helper = Helper::start("husk-vmm", &start.programs.vmm, &config, inherited)?;
         let console = Tail::read(console.into(), "console", false).map_err(socket)?;
         let client = VmmClient::new(Client::new(Socket::new(control)));
-        Ok(Self { helper, console, client, kernel: start.programs.kernel.clone() })
+        let kernel = start.programs.kernel.clone();
+        Ok(Self { helper, console, client, disks, next_disk: AtomicU64::new(0), kernel })
+    }
+
+    /// Plugs a file or block device in as a disk; its device number on the guest's PCI bus 0. `serial` has 1 to 20 plain characters.
+    pub(crate) async fn attach_disk(&self, file: OwnedFd, serial: &str, read_only: bool) -> Result<u32, PeerError> {
+        let number = self.next_disk.fetch_add(1, Ordering::Relaxed);
+        let (bytes, fds) = (disk::encode(number), [file.as_raw_fd()]);
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let rights = [ControlMessage::ScmRights(&fds)];
+        sendmsg::<()>(self.disks.as_raw_fd(), &[IoSlice::new(&bytes)], &rights, flags, None).map_err(|errno| {
+            PeerError::Socket { doing: "hand a disk over to husk-vmm", source: io::Error::from(errno) }
+        })?;
+        let request = AttachDiskRequest { number, serial: serial.to_owned(), read_only, ..Default::default() };
+        let attached = self.client.attach_disk(context::with_duration(LIMIT), &request).await;
+        let attached = attached.map_err(|error| PeerError::of_call("husk-vmm", "attach a disk", LIMIT, error))?;
+        Ok(attached.device)
+    }
+
+    /// Takes a disk back, whatever the guest does. False if the guest had not let go of it.
+    pub(crate) async fn detach_disk(&self, device: u32) -> Result<bool, PeerError> {
+        let request = DetachDiskRequest { device, ..Default::default() };
+        let detached = self.client.detach_disk(context::with_duration(DETACH_LIMIT), &request).await;
+        let detached =
+            detached.map_err(|error| PeerError::of_call("husk-vmm", "detach a disk", DETACH_LIMIT, error))?;
+        Ok(detached.ejected)
     }
 
     /// The VMM's own start, phase by phase, for the log.

@@ -11,6 +11,7 @@ use tracing::{info, warn};
 
 use super::Pod;
 use super::cpusets::CpuSet;
+use super::disks::Wanted;
 use super::machine::{Machine, unmount_below};
 use crate::apparmor;
 use crate::container::Container;
@@ -23,14 +24,23 @@ use crate::spec::guest;
 use crate::spec::load::Role;
 use crate::spec::mounts::{HostBind, LIVE, MOUNTS};
 use crate::storage::source::HugePages;
-use crate::storage::{self, BindOptions, RootfsMount, StorageError};
+use crate::storage::{self, BindOptions, RootfsMount, StorageError, disk};
 
 /// A container's files on the host, and where they go.
 struct Files {
     share: PathBuf,
     rootfs: Vec<RootfsMount>,
     bundle_rootfs: PathBuf,
+    /// The root file system is a disk.
+    on_disk: bool,
     binds: Vec<HostBind>,
+}
+
+/// All that a container needs before it can be made.
+struct Provisions {
+    files: Files,
+    disks: Wanted,
+    huge: Vec<HugeVolume>,
 }
 
 impl Pod {
@@ -45,19 +55,27 @@ impl Pod {
     ) -> Result<(), Error> {
         let begun = Instant::now();
         let set = CpuSet::of(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()));
-        let guest = guest::convert(spec, &container.id, role)?;
+        let mut guest = guest::convert(spec, &container.id, role)?;
+        let rootfs: Vec<_> = rootfs.iter().map(rootfs_mount).collect();
+        let root = disk::root_disk(&rootfs)?;
+        if root.is_some() {
+            guest.move_root(&disk_root(container));
+        }
+        let disks = Wanted { devices: std::mem::take(&mut guest.block_devices), root };
         let files = Files {
             share: machine.shared().join(container.share()),
-            rootfs: rootfs.iter().map(rootfs_mount).collect(),
+            rootfs,
+            on_disk: disks.root.is_some(),
             bundle_rootfs: Path::new(&container.bundle).join(&guest.rootfs),
             binds: guest.needs.binds,
         };
         let share = files.share.clone();
         let huge = guest.needs.huge.into_iter().map(huge_volume).collect();
         machine.cpusets.put(&container.id, set.unwrap_or_default(), machine.cgroup.as_ref())?;
-        let outcome = self.build(machine, container, &guest.spec, files, huge, begun).await;
+        let outcome = self.build(machine, container, &guest.spec, Provisions { files, disks, huge }, begun).await;
         if outcome.is_err() {
             release_cpus(machine, &container.id);
+            machine.detach_disks(&container.id).await;
             take_back(share).await;
         }
         outcome
@@ -69,8 +87,7 @@ impl Pod {
         machine: &Arc<Machine>,
         container: &Arc<Container>,
         spec: &Spec,
-        files: Files,
-        huge_volumes: Vec<HugeVolume>,
+        Provisions { files, disks, huge }: Provisions,
         begun: Instant,
     ) -> Result<(), Error> {
         let init = &container.init;
@@ -87,7 +104,9 @@ impl Pod {
                 None => Ok(()),
             }
         };
-        let (mounted, pending, given) = tokio::join!(mounting, opening, giving);
+        let root = disk_root(container);
+        let attaching = machine.attach_disks(&container.id, &root, disks);
+        let (mounted, pending, given, disks) = tokio::join!(mounting, opening, giving, attaching);
         mounted?;
         let pending = pending?;
         given?;
@@ -96,7 +115,8 @@ impl Pod {
             id: container.id.to_string(),
             spec: serde_json::to_vec(spec).map_err(|error| Error::Spec(SpecError::Encode(error)))?,
             stdio: Some(pending.request(init.size())).into(),
-            huge_volumes,
+            huge_volumes: huge,
+            disks: disks?,
             ..Default::default()
         };
         machine.agent.create_container(&request).await?;
@@ -137,6 +157,7 @@ impl Pod {
             drain(&process, &container.id).await;
         }
         if let Some(machine) = machine {
+            machine.detach_disks(&container.id).await;
             release_cpus(&machine, &container.id);
             take_back(machine.shared().join(container.share())).await;
         }
@@ -177,6 +198,11 @@ fn ignore_absent(outcome: Result<(), PeerError>) {
     }
 }
 
+/// Where the guest mounts a container's root file system that is a disk.
+fn disk_root(container: &Container) -> String {
+    format!("{}/{}", husk_agent_api::DISKS_DIR, &*container.id)
+}
+
 fn rootfs_mount(mount: &Mount) -> RootfsMount {
     RootfsMount {
         kind: mount.type_.clone(),
@@ -194,7 +220,13 @@ fn huge_volume((name, pages): (String, HugePages)) -> HugeVolume {
 /// Mounts a container's files into its part of the share directory.
 fn mount(files: &Files) -> Result<(), StorageError> {
     let root = files.share.join("rootfs");
-    if files.rootfs.is_empty() {
+    if files.on_disk {
+        std::fs::create_dir_all(&files.share).map_err(|cause| StorageError::Disk {
+            name: files.share.display().to_string(),
+            step: "make the container's part of the share directory",
+            cause,
+        })?;
+    } else if files.rootfs.is_empty() {
         // `ctr run --rootfs` and the like: the bundle names a directory that is already there.
         let options = BindOptions { readonly: false, recursive: true, ..BindOptions::default() };
         storage::bind(&files.bundle_rootfs, &root, options)?;

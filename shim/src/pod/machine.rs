@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use tracing::warn;
 
 use super::cpusets::CpuSets;
+use super::disks::Disks;
 use super::state::{Directory, Record};
 use crate::apparmor::Given;
 use crate::cgroup::PodCgroup;
@@ -126,6 +127,8 @@ pub(crate) struct Machine {
     gone: watch::Sender<bool>,
     /// AppArmor profiles that its kernel has.
     pub(crate) profiles: Given,
+    /// Its disks.
+    pub(super) disks: Disks,
     stopping: AtomicBool,
     oom_score: Mutex<Option<i32>>,
 }
@@ -145,6 +148,7 @@ impl Machine {
             down: watch::Sender::new(None),
             gone: watch::Sender::new(false),
             profiles: Given::default(),
+            disks: Disks::default(),
             stopping: AtomicBool::new(false),
             oom_score: Mutex::new(None),
         }

@@ -3,6 +3,7 @@
 
 mod cpusets;
 pub(crate) mod create;
+pub(crate) mod disks;
 pub(crate) mod guest;
 pub(crate) mod machine;
 pub(crate) mod recover;

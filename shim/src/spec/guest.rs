@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Hooks, Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
 
 use super::SpecError;
+use super::block::{self, BlockDevice};
 use super::load::{self, Role};
 use super::mounts::{Needs, guest_mounts};
 use super::resources::guest_resources;
@@ -36,6 +37,17 @@ pub(crate) struct GuestSpec {
     pub(crate) rootfs: PathBuf,
     /// What its mounts need.
     pub(crate) needs: Needs,
+    /// The host's block devices among its devices.
+    pub(crate) block_devices: Vec<BlockDevice>,
+}
+
+impl GuestSpec {
+    /// Has the root file system at another path of the guest.
+    pub(crate) fn move_root(&mut self, path: &str) {
+        if let Some(root) = self.spec.root_mut() {
+            root.set_path(path.into());
+        }
+    }
 }
 
 /// The guest's spec for container `id`, which is `role` in its pod.
@@ -59,8 +71,10 @@ pub(crate) fn convert(mut spec: Spec, id: &str, role: &Role) -> Result<GuestSpec
     spec.set_process(Some(process));
 
     let linux = spec.linux().clone().ok_or(SpecError::Missing("linux section"))?;
-    spec.set_linux(Some(guest_linux(linux, id, role)?));
-    Ok(GuestSpec { spec, rootfs, needs })
+    let devices = linux.devices().as_deref().unwrap_or_default();
+    let block_devices = block::asked(devices, linux.resources().as_ref())?;
+    spec.set_linux(Some(guest_linux(linux, id, role, &block_devices)?));
+    Ok(GuestSpec { spec, rootfs, needs, block_devices })
 }
 
 /// Hooks run on the host and expect the container's process and namespaces there.
@@ -82,7 +96,7 @@ fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), SpecError> {
 }
 
 /// The Linux part.
-fn guest_linux(mut linux: Linux, id: &str, role: &Role) -> Result<Linux, SpecError> {
+fn guest_linux(mut linux: Linux, id: &str, role: &Role, disks: &[BlockDevice]) -> Result<Linux, SpecError> {
     if linux.uid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty()) {
         return Err(SpecError::UserNamespace);
     }
@@ -93,7 +107,7 @@ fn guest_linux(mut linux: Linux, id: &str, role: &Role) -> Result<Linux, SpecErr
     }
     let may_drop = allows_all_devices(linux.resources().as_ref());
     let devices = linux.devices().clone().unwrap_or_default();
-    linux.set_devices(Some(guest_devices(devices, may_drop)?));
+    linux.set_devices(Some(guest_devices(devices, disks, may_drop)?));
     linux.set_resources(linux.resources().clone().map(guest_resources).transpose()?);
     linux.set_cgroups_path(Some(Path::new("/").join(id)));
     // The pod's parameters are the machine's: the agent sets them when the pod starts.
@@ -167,10 +181,15 @@ fn allows_all_devices(resources: Option<&LinuxResources>) -> bool {
 }
 
 /// The device nodes that the guest has too. Others are dropped where nobody asked for them, else refused.
-fn guest_devices(devices: Vec<LinuxDevice>, may_drop: bool) -> Result<Vec<LinuxDevice>, SpecError> {
+fn guest_devices(
+    devices: Vec<LinuxDevice>,
+    disks: &[BlockDevice],
+    may_drop: bool,
+) -> Result<Vec<LinuxDevice>, SpecError> {
     let mut kept = Vec::new();
     for device in devices {
         let known = device.typ().as_str() == "p"
+            || disks.iter().any(|disk| disk.is(&device))
             || (matches!(device.typ().as_str(), "c" | "u")
                 && GUEST_DEVICES.iter().any(|(major, minor, _)| (*major, *minor) == (device.major(), device.minor())));
         if known {

@@ -1,6 +1,7 @@
 //! The host's OCI runtime spec, read and turned into what the guest runs.
 
 pub(crate) mod annotations;
+pub(crate) mod block;
 pub(crate) mod guest;
 pub(crate) mod load;
 pub(crate) mod mounts;
@@ -83,6 +84,9 @@ pub(crate) enum SpecError {
         /// Minor number.
         minor: i64,
     },
+    /// More block devices than the machine has slots.
+    #[error("the spec has {0} block devices; {max} are possible", max = block::MAX_BLOCK_DEVICES)]
+    TooManyBlockDevices(usize),
     /// A notification socket on the host.
     #[error("the seccomp profile wants a listener on the host, which a virtual machine cannot reach")]
     SeccompListener,

@@ -3,6 +3,7 @@
 use oci_spec::runtime::{LinuxBlockIo, LinuxResources};
 
 use super::SpecError;
+use super::block;
 use super::size::Size;
 use crate::error::Error;
 
@@ -18,6 +19,7 @@ pub(crate) fn guest_resources(mut resources: LinuxResources) -> Result<LinuxReso
     if let Some(io) = resources.block_io() {
         refuse_devices(io)?;
     }
+    block::drop_rules(&mut resources);
     resources.set_network(None).set_rdma(None);
     Ok(resources)
 }

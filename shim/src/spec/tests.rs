@@ -52,6 +52,18 @@ fn member() -> Value {
     })
 }
 
+/// One with raw block volumes, each with a rule of its own.
+fn container_with_block_devices(count: usize) -> Value {
+    let mut value = member();
+    let device = |minor| json!({"path": format!("/dev/data{minor}"), "type": "b", "major": 7, "minor": minor});
+    value["linux"]["devices"] = (0..count).map(device).collect();
+    let rules = value["linux"]["resources"]["devices"].as_array_mut().unwrap();
+    rules.extend(
+        (0..count).map(|minor| json!({"allow": true, "type": "b", "major": 7, "minor": minor, "access": "rw"})),
+    );
+    value
+}
+
 fn role() -> Role {
     Role::Member(SANDBOX.to_owned())
 }
@@ -356,4 +368,34 @@ fn unknown_and_bad_annotations_are_refused_by_name() {
         assert!(matches!(parse(Value::Object(annotations)), Err(SpecError::AnnotationValue { .. })), "{key}={value}");
     }
     assert_eq!(parse(json!({"other.io/x": "y"})).unwrap(), annotations::Wishes::default());
+}
+
+#[test]
+fn raw_block_volumes_become_disks_with_their_access() {
+    let mut spec = container_with_block_devices(2);
+    spec["linux"]["resources"]["devices"].as_array_mut().unwrap()[1]["access"] = json!("r");
+    let guest = converted(spec).unwrap();
+    let disks: Vec<_> = guest
+        .block_devices
+        .iter()
+        .map(|disk| (disk.path.to_str().unwrap(), disk.major, disk.minor, disk.read_only()))
+        .collect();
+    assert_eq!(disks, [("/dev/data0", 7, 0, true), ("/dev/data1", 7, 1, false)]);
+    let linux = guest.spec.linux().as_ref().unwrap();
+    assert_eq!(linux.devices().as_ref().unwrap().len(), 2);
+    // The host's numbers mean nothing in the guest.
+    assert_eq!(linux.resources().as_ref().unwrap().devices().as_ref().unwrap().len(), 1);
+    let error = converted(container_with_block_devices(17)).unwrap_err();
+    assert!(error.to_string().contains("17 block devices; 16 are possible"), "{error}");
+}
+
+#[test]
+fn a_privileged_container_gets_the_block_devices_that_it_asked_for() {
+    let mut spec = container_with_block_devices(2);
+    let rules = spec["linux"]["resources"]["devices"].as_array_mut().unwrap();
+    rules[0] = json!({"allow": true, "access": "rwm"});
+    rules.truncate(2);
+    let guest = converted(spec).unwrap();
+    assert_eq!(guest.block_devices.len(), 1);
+    assert_eq!(guest.spec.linux().as_ref().unwrap().devices().as_ref().unwrap().len(), 1);
 }

@@ -1,6 +1,7 @@
 //! What of the host's files goes into the pod's share directory, and how: root file systems and volumes, as mounts in the
-//! shim's own mount namespace.
+//! shim's own mount namespace. `disk` is what goes into the machine as a disk instead.
 
+pub(crate) mod disk;
 pub(crate) mod rootfs;
 pub(crate) mod source;
 #[cfg(test)]
@@ -24,6 +25,17 @@ pub(crate) enum StorageError {
         target: PathBuf,
         /// What failed.
         step: String,
+        /// Why.
+        #[source]
+        cause: std::io::Error,
+    },
+    /// A disk for the guest.
+    #[error("cannot give {name} to the guest as a disk: {step}")]
+    Disk {
+        /// A path or a device.
+        name: String,
+        /// What failed.
+        step: &'static str,
         /// Why.
         #[source]
         cause: std::io::Error,

@@ -103,17 +103,17 @@ impl Place {
 
 /// mount(8)'s options, sorted into what mount(2) takes.
 #[derive(Debug, PartialEq, Eq)]
-struct Options {
-    flags: MsFlags,
+pub(super) struct Options {
+    pub(super) flags: MsFlags,
     bind: bool,
     recursive: bool,
-    looped: bool,
+    pub(super) looped: bool,
     /// What is the file system's own, joined by commas.
-    data: String,
+    pub(super) data: String,
 }
 
 impl Options {
-    fn parse(options: &[String]) -> Self {
+    pub(super) fn parse(options: &[String]) -> Self {
         let mut parsed =
             Self { flags: MsFlags::empty(), bind: false, recursive: false, looped: false, data: String::new() };
         for option in options {
@@ -137,7 +137,7 @@ impl Options {
         parsed
     }
 
-    fn readonly(&self) -> bool {
+    pub(super) fn readonly(&self) -> bool {
         self.flags.contains(MsFlags::MS_RDONLY)
     }
 }

@@ -27,6 +27,9 @@ pub struct VmConfig {
     pub control: Fd,
     /// Connected seqpacket socket on which vsock connections are handed over, see [`crate::dial`].
     pub dial: Fd,
+    /// Connected seqpacket socket on which disks' files are handed over, see [`crate::disk`]; none in VMs that get no disks.
+    #[serde(default)]
+    pub disks: Option<Fd>,
     /// Where the guest's console goes (write end of a pipe; full means dropped).
     pub console: Fd,
     /// An early serial console (ttyS0) beside hvc0, to find out why a guest does not start.

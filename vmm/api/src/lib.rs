@@ -10,4 +10,5 @@ pub use generated::{vmm, vmm_ttrpc};
 
 pub mod config;
 pub mod dial;
+pub mod disk;
 pub mod exit;

@@ -1,8 +1,10 @@
-//! Events that two owners signal.
+//! Events: a second descriptor of one, and waiting for several.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 /// A second descriptor of the same event, closed on exec. (vmm-sys-util's own copy is not, and takes dup(2), which the jail forbids.)
@@ -13,6 +15,19 @@ pub fn duplicate(event: &EventFd) -> io::Result<EventFd> {
     Ok(unsafe { EventFd::from_raw_fd(copy.into_raw_fd()) })
 }
 
+/// Waits until one of the events is signalled, however long that takes: for a thread that has nothing else to do.
+pub fn wait(events: &[&EventFd]) -> io::Result<()> {
+    // SAFETY: the events keep their descriptors open while they are borrowed.
+    let fds = events.iter().map(|event| unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) });
+    let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+    loop {
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => {}
+            other => return Ok(other.map(drop)?),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -21,6 +36,7 @@ mod tests {
     fn both_signal_the_same() {
         let event = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
         duplicate(&event).unwrap().write(3).unwrap();
+        wait(&[&EventFd::new(0).unwrap(), &event]).unwrap();
         assert_eq!(event.read().unwrap(), 3);
     }
 }

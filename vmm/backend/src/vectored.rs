@@ -26,6 +26,24 @@ pub(crate) fn writev(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Re
     })
 }
 
+/// Reads once from `offset` of a file on into the slices: the number of bytes.
+pub(crate) fn preadv(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>], offset: i64) -> io::Result<usize> {
+    let slices = &slices[..slices.len().min(MAX_PIECES)];
+    let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+    let pieces: Vec<_> =
+        guards.iter().map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() }).collect();
+    // SAFETY: as in `readv`: valid, mapped memory for as long as guards and slices live, and no reference into it.
+    retry(|| unsafe { libc::preadv(fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int, offset) })
+}
+
+/// Writes once from the slices to a file from `offset` on: the number of bytes.
+pub(crate) fn pwritev(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>], offset: i64) -> io::Result<usize> {
+    with_pieces(slices, |pieces| {
+        // SAFETY: each piece is valid, mapped memory while `with_pieces` holds its guard; the kernel only reads it.
+        retry(|| unsafe { libc::pwritev(fd.as_raw_fd(), pieces.as_ptr(), pieces.len() as libc::c_int, offset) })
+    })
+}
+
 /// Sends once from the slices on a socket: the number of bytes. A closed peer is an error, not a signal.
 pub(crate) fn sendv(fd: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
     with_pieces(slices, |pieces| {

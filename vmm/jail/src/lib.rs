@@ -13,6 +13,8 @@ pub mod seccomp;
 #[cfg(test)]
 mod tests;
 
+pub use limits::bound_arenas;
+
 use std::os::fd::{BorrowedFd, RawFd};
 use std::path::Path;
 

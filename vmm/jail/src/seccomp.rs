@@ -23,8 +23,10 @@ pub enum ThreadKind {
     Vcpu,
     /// husk-vmm: the event loop with all devices. The first thread: installed when the vCPUs' and the control thread have been started.
     Devices,
-    /// husk-vmm: serves the control API.
+    /// husk-vmm: serves the control API. May start disks' threads: it has all that they have.
     Control,
+    /// husk-vmm: serves a disk's queue.
+    Disk,
     /// husk-fs: accepts and speaks vhost-user. The first thread; may start the queues' threads afterwards: it has all that they have.
     FsMain,
     /// husk-fs: serves a request queue.
@@ -142,7 +144,8 @@ fn tables(kind: ThreadKind) -> Vec<&'static [Allowed]> {
     match kind {
         ThreadKind::Vcpu => vec![COMMON, vmm::VCPU],
         ThreadKind::Devices => vec![COMMON, vmm::EVENTS, vmm::DEVICES],
-        ThreadKind::Control => vec![COMMON, THREADS, vmm::EVENTS, vmm::CONTROL],
+        ThreadKind::Control => vec![COMMON, THREADS, vmm::EVENTS, vmm::CONTROL, vmm::STORAGE],
+        ThreadKind::Disk => vec![COMMON, vmm::DISK, vmm::STORAGE],
         ThreadKind::FsMain => vec![COMMON, THREADS, fs::VHOST_USER, fs::FILES],
         ThreadKind::FsQueue => vec![COMMON, fs::EVENTS, fs::FILES],
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::pci::PciBus;
-use crate::machine::layout::{BAR_SLOT, ECAM, ECAM_LEN, PCI_WINDOW, PCI_WINDOW_LEN};
+use crate::machine::layout::{ECAM, ECAM_LEN, PCI_WINDOW, PCI_WINDOW_LEN};
 
 /// Guest-physical addresses that are not memory.
 pub(crate) struct MmioBus {
@@ -13,7 +13,7 @@ pub(crate) struct MmioBus {
 /// What is at an address.
 enum Target {
     Config { devfn: u8, register: u16 },
-    Bar { slot: usize, offset: u64 },
+    Bar,
     Nothing,
 }
 
@@ -33,7 +33,7 @@ impl MmioBus {
         data.fill(0xFF);
         match target(address) {
             Target::Config { devfn, register } => self.pci.config_read(devfn, register, data),
-            Target::Bar { slot, offset } => self.pci.bar_read(slot, offset, data),
+            Target::Bar => self.pci.bar_read(address, data),
             Target::Nothing => {}
         }
     }
@@ -42,15 +42,15 @@ impl MmioBus {
     pub(crate) fn write(&self, address: u64, data: &[u8]) {
         match target(address) {
             Target::Config { devfn, register } => self.pci.config_write(devfn, register, data),
-            Target::Bar { slot, offset } => self.pci.bar_write(slot, offset, data),
+            Target::Bar => self.pci.bar_write(address, data),
             Target::Nothing => {}
         }
     }
 }
 
 fn target(address: u64) -> Target {
-    if let Some(offset) = within(address, PCI_WINDOW, PCI_WINDOW_LEN) {
-        Target::Bar { slot: (offset / BAR_SLOT) as usize, offset: offset % BAR_SLOT }
+    if within(address, PCI_WINDOW, PCI_WINDOW_LEN).is_some() {
+        Target::Bar
     } else if let Some(offset) = within(address, ECAM, ECAM_LEN) {
         Target::Config { devfn: (offset >> 12) as u8, register: (offset & 0xFFF) as u16 }
     } else {

@@ -1,7 +1,9 @@
-//! PCI bus 0: a host bridge at device 0, then one single-function device after the other. Configuration space is reached through
-//! ECAM and through mechanism 1; BAR 0 of each function lies at a fixed place, as if firmware had assigned it.
+//! PCI bus 0: a host bridge at device 0, single-function devices from device 1 on, and slots for devices that come and go while the
+//! machine runs. Configuration space is reached through ECAM and through mechanism 1; BARs lie where firmware (this VMM) or the guest
+//! placed them.
 
-use std::sync::{Arc, Mutex};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use husk_virtio::interrupt::PciFunction;
 use husk_virtio::transport::pci::FunctionState;
@@ -12,8 +14,12 @@ use super::pio::Ports;
 use crate::lock::lock;
 use crate::machine::layout::{BAR_SLOT, PCI_WINDOW};
 
-/// Devices of a bus less the host bridge.
-const MAX_FUNCTIONS: usize = 31;
+/// Device numbers of a bus.
+const DEVICES: usize = 32;
+/// First device number of those that come and go.
+pub(crate) const FIRST_SLOT: u8 = 16;
+/// How many there are: the rest of the bus.
+pub(crate) const SLOTS: u8 = DEVICES as u8 - FIRST_SLOT;
 /// Length of a function's configuration space in bytes.
 const CONFIG_LEN: usize = 4096;
 
@@ -23,6 +29,9 @@ pub(crate) enum PciError {
     /// No device number left.
     #[error("Could not put one more device on the PCI bus: it is full")]
     Full,
+    /// There is a function already.
+    #[error("There is a function at device {0} of the PCI bus")]
+    Occupied(u8),
     /// The BAR does not fit.
     #[error("A BAR of {0:#x} bytes is more than a function may have")]
     BarTooLarge(u64),
@@ -44,33 +53,79 @@ pub(crate) enum RestoreError {
     Function(#[from] SavedError),
 }
 
-/// The bus.
-#[derive(Default)]
+/// The bus. Device 0 of it, the host bridge, has no place here.
 pub(crate) struct PciBus {
-    functions: Vec<Function>,
+    places: [Place; DEVICES],
 }
 
-struct Function {
-    bar_len: u64,
-    function: Mutex<Box<dyn PciFunction>>,
+/// What may be at a device number.
+#[derive(Default)]
+struct Place {
+    function: Mutex<Option<Box<dyn PciFunction>>>,
+    /// Where its BAR is; empty while it answers nowhere. Apart, so that an access to one device never waits for another.
+    bar: RwLock<Range<u64>>,
+}
+
+impl Default for PciBus {
+    fn default() -> Self {
+        Self { places: std::array::from_fn(|_| Place::default()) }
+    }
 }
 
 impl PciBus {
-    /// Where the next function's BAR 0 will be.
-    pub(crate) fn next_bar(&self) -> u64 {
-        PCI_WINDOW + self.functions.len() as u64 * BAR_SLOT
+    /// A free device number for a device that is there from the start, and where its BAR 0 is to be.
+    pub(crate) fn next(&self) -> Result<(u8, u64), PciError> {
+        let free = (1..FIRST_SLOT).find(|device| lock(&self.places[usize::from(*device)].function).is_none());
+        free.map(|device| (device, PCI_WINDOW + u64::from(device - 1) * BAR_SLOT)).ok_or(PciError::Full)
     }
 
-    /// Adds a function whose BAR 0 is at [`Self::next_bar`].
-    pub(crate) fn push(&mut self, function: Box<dyn PciFunction>) -> Result<(), PciError> {
-        let bar_len = function.bar_len();
-        if self.functions.len() == MAX_FUNCTIONS {
-            return Err(PciError::Full);
+    /// Puts a function at a device number.
+    pub(crate) fn insert(&self, device: u8, function: Box<dyn PciFunction>) -> Result<(), PciError> {
+        if function.bar_len() > BAR_SLOT {
+            return Err(PciError::BarTooLarge(function.bar_len()));
         }
-        if bar_len > BAR_SLOT {
-            return Err(PciError::BarTooLarge(bar_len));
+        let place = self.places.get(usize::from(device)).filter(|_| device != 0).ok_or(PciError::Full)?;
+        let mut at = lock(&place.function);
+        if at.is_some() {
+            return Err(PciError::Occupied(device));
         }
-        self.functions.push(Function { bar_len, function: Mutex::new(function) });
+        place.follow(Some(&*function));
+        *at = Some(function);
+        Ok(())
+    }
+
+    /// Takes the function at a device number away: from now on nothing answers there.
+    pub(crate) fn remove(&self, device: u8) -> Option<Box<dyn PciFunction>> {
+        let place = self.places.get(usize::from(device))?;
+        let mut at = lock(&place.function);
+        place.follow(None);
+        at.take()
+    }
+
+    /// The states of all functions that are there from the start, in their order, while the vCPUs stand still. What was plugged in
+    /// belongs to a pod, which no snapshot holds.
+    pub(crate) fn save(&self) -> Result<Vec<FunctionState>, SavedError> {
+        if self.places[usize::from(FIRST_SLOT)..].iter().any(|place| lock(&place.function).is_some()) {
+            return Err(SavedError::Busy("plugged in"));
+        }
+        self.places.iter().filter_map(|place| lock(&place.function).as_ref().map(|function| function.save())).collect()
+    }
+
+    /// Brings functions that no guest has touched into these states.
+    pub(crate) fn restore(&self, states: &[FunctionState]) -> Result<(), RestoreError> {
+        let (has, wants) = (states.len(), self.places.iter().filter(|place| lock(&place.function).is_some()).count());
+        if has != wants {
+            return Err(RestoreError::Count { has, wants });
+        }
+        let mut states = states.iter();
+        for place in &self.places {
+            if let Some(function) = &mut *lock(&place.function)
+                && let Some(state) = states.next()
+            {
+                function.restore(state)?;
+                place.follow(Some(&**function));
+            }
+        }
         Ok(())
     }
 
@@ -82,8 +137,8 @@ impl PciBus {
         match (devfn >> 3, devfn & 7) {
             (0, 0) => host_bridge(register, data),
             (device, 0) => {
-                if let Some(function) = self.functions.get(usize::from(device) - 1) {
-                    lock(&function.function).config_read(register, data);
+                if let Some(function) = &mut *lock(&self.places[usize::from(device)].function) {
+                    function.config_read(register, data);
                 }
             }
             _ => {}
@@ -92,46 +147,57 @@ impl PciBus {
 
     /// Writes configuration space.
     pub(crate) fn config_write(&self, devfn: u8, register: u16, data: &[u8]) {
-        let function = match (devfn >> 3, devfn & 7) {
-            (0, _) | (_, 1..) => None,
-            (device, 0) => self.functions.get(usize::from(device) - 1),
+        if devfn & 7 != 0 || !valid(register, data.len()) {
+            return;
+        }
+        let place = &self.places[usize::from(devfn >> 3)];
+        if let Some(function) = &mut *lock(&place.function) {
+            function.config_write(register, data);
+            place.follow(Some(&**function));
+        }
+    }
+
+    /// Reads from the BAR at an address; `data` holds all ones.
+    pub(crate) fn bar_read(&self, address: u64, data: &mut [u8]) {
+        self.in_bar(address, data.len(), |function, offset| function.bar_read(offset, data));
+    }
+
+    /// Writes to the BAR at an address.
+    pub(crate) fn bar_write(&self, address: u64, data: &[u8]) {
+        self.in_bar(address, data.len(), |function, offset| function.bar_write(offset, data));
+    }
+
+    fn in_bar(&self, address: u64, len: usize, access: impl FnOnce(&mut dyn PciFunction, u64)) {
+        let Some((place, bar)) =
+            self.places.iter().map(|place| (place, place.bar())).find(|(_, bar)| bar.contains(&address))
+        else {
+            return;
         };
-        if let Some(function) = function.filter(|_| valid(register, data.len())) {
-            lock(&function.function).config_write(register, data);
+        if let Some(function) = &mut *lock(&place.function)
+            // It may have been moved or taken away meanwhile.
+            && place.bar() == bar
+            && bar.end - address >= len as u64
+        {
+            access(&mut **function, address - bar.start);
         }
     }
+}
 
-    /// Reads from the BAR in the given slot of the window; `data` holds all ones.
-    pub(crate) fn bar_read(&self, slot: usize, offset: u64, data: &mut [u8]) {
-        if let Some(function) = self.bar(slot, offset, data.len()) {
-            lock(&function.function).bar_read(offset, data);
+impl Place {
+    fn bar(&self) -> Range<u64> {
+        self.bar.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes where the function's BAR is now.
+    fn follow(&self, function: Option<&dyn PciFunction>) {
+        let place = |function: &dyn PciFunction| {
+            let start = function.bar()?;
+            Some(start..start.checked_add(function.bar_len())?)
+        };
+        let bar = function.and_then(place).unwrap_or_default();
+        if self.bar() != bar {
+            *self.bar.write().unwrap_or_else(PoisonError::into_inner) = bar;
         }
-    }
-
-    /// Writes to the BAR in the given slot of the window.
-    pub(crate) fn bar_write(&self, slot: usize, offset: u64, data: &[u8]) {
-        if let Some(function) = self.bar(slot, offset, data.len()) {
-            lock(&function.function).bar_write(offset, data);
-        }
-    }
-
-    /// The states of all functions, in their order, while the vCPUs stand still.
-    pub(crate) fn save(&self) -> Result<Vec<FunctionState>, SavedError> {
-        self.functions.iter().map(|function| lock(&function.function).save()).collect()
-    }
-
-    /// Brings functions that no guest has touched into these states.
-    pub(crate) fn restore(&self, states: &[FunctionState]) -> Result<(), RestoreError> {
-        let (has, wants) = (states.len(), self.functions.len());
-        if has != wants {
-            return Err(RestoreError::Count { has, wants });
-        }
-        let restored = |(function, state): (&Function, _)| lock(&function.function).restore(state);
-        Ok(self.functions.iter().zip(states).try_for_each(restored)?)
-    }
-
-    fn bar(&self, slot: usize, offset: u64, len: usize) -> Option<&Function> {
-        self.functions.get(slot).filter(|function| offset + len as u64 <= function.bar_len)
     }
 }
 
@@ -208,6 +274,11 @@ mod tests {
         fn bar_len(&self) -> u64 {
             0x1000
         }
+        fn bar(&self) -> Option<u64> {
+            let mut bytes = [0; 4];
+            bytes.copy_from_slice(&self.0[16..20]);
+            Some(u32::from_le_bytes(bytes).into()).filter(|address| *address != 0)
+        }
         fn bar_read(&mut self, offset: u64, data: &mut [u8]) {
             assert!(offset + data.len() as u64 <= 0x1000);
             data.fill(7);
@@ -223,9 +294,16 @@ mod tests {
         }
     }
 
+    fn memory() -> Box<Memory> {
+        let mut config = vec![0; CONFIG_LEN];
+        config[16..20].copy_from_slice(&(PCI_WINDOW as u32).to_le_bytes());
+        Box::new(Memory(config))
+    }
+
     fn bus() -> Arc<PciBus> {
-        let mut bus = PciBus::default();
-        bus.push(Box::new(Memory(vec![0; CONFIG_LEN]))).unwrap();
+        let bus = PciBus::default();
+        assert_eq!(bus.next().unwrap(), (1, PCI_WINDOW));
+        bus.insert(1, memory()).unwrap();
         Arc::new(bus)
     }
 
@@ -277,11 +355,44 @@ mod tests {
     }
 
     #[test]
-    fn the_bus_has_31_places() {
-        let mut bus = PciBus::default();
-        for _ in 0..MAX_FUNCTIONS {
-            bus.push(Box::new(Memory(Vec::new()))).unwrap();
+    fn a_bar_is_where_the_guest_placed_it() {
+        let pci = bus();
+        let mmio = MmioBus::new(pci.clone());
+        let at = |address| {
+            let mut data = [0];
+            mmio.read(address, &mut data);
+            data[0]
+        };
+        assert_eq!((at(PCI_WINDOW), at(PCI_WINDOW + 0xFFF), at(PCI_WINDOW + 0x1000)), (7, 7, 0xFF));
+        mmio.write(ECAM + (1 << 15) + 16, &(PCI_WINDOW as u32 + 0x8000).to_le_bytes());
+        assert_eq!((at(PCI_WINDOW), at(PCI_WINDOW + 0x8000)), (0xFF, 7));
+        // Over configuration space, the end of memory: nothing answers.
+        for address in [ECAM as u32, u32::MAX, 0] {
+            mmio.write(ECAM + (1 << 15) + 16, &address.to_le_bytes());
+            assert_eq!(at(PCI_WINDOW + 0x8000), 0xFF);
         }
-        assert!(matches!(bus.push(Box::new(Memory(Vec::new()))), Err(PciError::Full)));
+        mmio.write(ECAM + (1 << 15) + 16, &(PCI_WINDOW as u32).to_le_bytes());
+        assert_eq!(at(PCI_WINDOW), 7);
+        assert!(pci.remove(1).is_some());
+        assert!(pci.remove(1).is_none());
+        assert_eq!((at(PCI_WINDOW), at(ECAM + (1 << 15))), (0xFF, 0xFF));
+        pci.insert(1, memory()).unwrap();
+        assert_eq!(at(PCI_WINDOW), 7);
+    }
+
+    #[test]
+    fn the_bus_has_its_places() {
+        let bus = PciBus::default();
+        for _ in 1..FIRST_SLOT {
+            bus.insert(bus.next().unwrap().0, memory()).unwrap();
+        }
+        assert!(matches!(bus.next(), Err(PciError::Full)));
+        for device in FIRST_SLOT..FIRST_SLOT + SLOTS {
+            bus.insert(device, memory()).unwrap();
+            assert!(matches!(bus.insert(device, memory()), Err(PciError::Occupied(_))));
+        }
+        for device in [0, 32, 255] {
+            assert!(bus.insert(device, memory()).is_err());
+        }
     }
 }

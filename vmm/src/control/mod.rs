@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
 
+use husk_backend::files::FileChannel;
 use husk_jail::seccomp::{self, SeccompError, ThreadKind};
 use husk_vmm_api::exit::ExitReason;
 
@@ -28,9 +29,10 @@ pub(crate) enum ControlError {
     Seccomp(#[from] SeccompError),
 }
 
-/// Serves `socket` until the VM ends.
+/// Serves `socket` until the VM ends. Disks' files come on `files`.
 pub(crate) fn start(
     socket: UnixStream,
+    files: Option<FileChannel>,
     machine: Running,
     ending: Arc<Ending>,
     phases: Phases,
@@ -38,7 +40,7 @@ pub(crate) fn start(
     let span = tracing::Span::current();
     thread::Builder::new().name("control".into()).spawn(move || {
         let _entered = span.enter();
-        if let Err(error) = serve(socket, machine, ending.clone(), phases) {
+        if let Err(error) = serve(socket, files, machine, ending.clone(), phases) {
             tracing::error!(error = crate::chain(&error), "The control API ended");
             ending.end(ExitReason::Failed);
         }
@@ -46,12 +48,18 @@ pub(crate) fn start(
     Ok(())
 }
 
-fn serve(socket: UnixStream, machine: Running, ending: Arc<Ending>, phases: Phases) -> Result<(), ControlError> {
+fn serve(
+    socket: UnixStream,
+    files: Option<FileChannel>,
+    machine: Running,
+    ending: Arc<Ending>,
+    phases: Phases,
+) -> Result<(), ControlError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     seccomp::install(ThreadKind::Control)?;
     socket.set_nonblocking(true)?;
     runtime.block_on(async {
         let (socket, stop) = socket::ControlSocket::new(tokio::net::UnixStream::from_std(socket)?, ending);
-        server::serve(socket, server::Control::new(machine, phases, stop)).await.map_err(ControlError::Serve)
+        server::serve(socket, server::Control::new(machine, files, phases, stop)).await.map_err(ControlError::Serve)
     })
 }

@@ -3,15 +3,21 @@
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use husk_vmm_api::vmm::{Empty, Phase, SaveResponse, StatusResponse};
+use husk_backend::disk::Disk;
+use husk_backend::files::FileChannel;
+use husk_vmm_api::vmm::{
+    AttachDiskRequest, AttachDiskResponse, DetachDiskRequest, DetachDiskResponse, Empty, Phase, SaveResponse,
+    StatusResponse,
+};
 use husk_vmm_api::vmm_ttrpc::{Vmm, create_vmm};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::r#async::transport::Listener;
 use ttrpc::{Code, Error, get_status};
 
 use super::socket::{ControlSocket, Stop};
+use crate::hw::hotplug::HotPlugError;
 use crate::lock::lock;
-use crate::machine::{Paused, Running};
+use crate::machine::{DiskError, Disks, Paused, Running};
 use crate::phases::Phases;
 
 /// The machine as the API sees it.
@@ -25,14 +31,17 @@ enum State {
 /// The API over a machine.
 pub(super) struct Control {
     machine: Mutex<State>,
+    disks: Arc<Disks>,
+    files: Mutex<Option<FileChannel>>,
     phases: Phases,
     stop: Stop,
 }
 
 impl Control {
     /// Of a running machine.
-    pub(super) fn new(machine: Running, phases: Phases, stop: Stop) -> Self {
-        Self { machine: Mutex::new(State::Running(machine)), phases, stop }
+    pub(super) fn new(machine: Running, files: Option<FileChannel>, phases: Phases, stop: Stop) -> Self {
+        let disks = machine.disks();
+        Self { machine: Mutex::new(State::Running(machine)), disks, files: Mutex::new(files), phases, stop }
     }
 }
 
@@ -52,6 +61,20 @@ pub(super) async fn serve(socket: ControlSocket, control: Control) -> ttrpc::Res
 
 fn refused(message: &str) -> Error {
     Error::RpcStatus(get_status(Code::FAILED_PRECONDITION, message))
+}
+
+fn disk_status(error: DiskError) -> Error {
+    let code = match &error {
+        DiskError::HotPlug(HotPlugError::Full) => Code::RESOURCE_EXHAUSTED,
+        DiskError::HotPlug(HotPlugError::Absent(_)) => Code::NOT_FOUND,
+        _ => Code::INTERNAL,
+    };
+    Error::RpcStatus(get_status(code, crate::chain(&error)))
+}
+
+/// Printable, so that it can stand in logs and in the guest's sysfs.
+fn is_serial(serial: &str) -> bool {
+    (1..=20).contains(&serial.len()) && serial.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 #[async_trait]
@@ -104,5 +127,28 @@ impl Vmm for Control {
             }
             State::Running(_) | State::Changing => Err(refused("Only a paused machine can be saved")),
         }
+    }
+
+    async fn attach_disk(&self, _: &TtrpcContext, request: AttachDiskRequest) -> ttrpc::Result<AttachDiskResponse> {
+        if !is_serial(&request.serial) {
+            let message = format!("{:?} is no serial number: 1 to 20 printable characters", request.serial);
+            return Err(Error::RpcStatus(get_status(Code::INVALID_ARGUMENT, message)));
+        }
+        let file = lock(&self.files).as_mut().and_then(|files| files.take(request.number));
+        let file = file.ok_or_else(|| refused("The disk's file has not come"))?;
+        let disk = Disk::new(file, request.read_only)
+            .map_err(|error| Error::RpcStatus(get_status(Code::INVALID_ARGUMENT, crate::chain(&error))))?;
+        let device = self.disks.attach(disk, &request.serial).map_err(disk_status)?.into();
+        Ok(AttachDiskResponse { device, ..Default::default() })
+    }
+
+    async fn detach_disk(&self, _: &TtrpcContext, request: DetachDiskRequest) -> ttrpc::Result<DetachDiskResponse> {
+        // 255 is none.
+        let device = u8::try_from(request.device).unwrap_or(u8::MAX);
+        // On a task of its own: a caller that gives up must not leave it half done.
+        let disks = self.disks.clone();
+        let detached = tokio::spawn(async move { disks.detach(device).await }).await;
+        let detached = detached.map_err(|error| Error::Others(error.to_string()))?.map_err(disk_status)?;
+        Ok(DetachDiskResponse { ejected: detached.ejected, closed: detached.closed, ..Default::default() })
     }
 }

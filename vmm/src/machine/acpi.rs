@@ -1,4 +1,5 @@
-//! The ACPI tables (ACPI 6.5): hardware-reduced, with what Linux needs to find processors, PCI, power-off and pvpanic.
+//! The ACPI tables (ACPI 6.5): hardware-reduced, with what Linux needs to find processors, PCI, power-off and
+//! pvpanic, and to let PCI devices come and go.
 
 use acpi_tables::aml::{self, AddressSpace, AddressSpaceCacheable, EISAName, Memory32Fixed, Name, ResourceTemplate};
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -8,10 +9,11 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, fadt};
+use acpi_tables::{Aml, AmlSink, fadt};
 
 use super::layout;
-use crate::hw::power;
+use crate::bus::pci::{FIRST_SLOT, SLOTS};
+use crate::hw::{hotplug, power};
 
 const OEM: [u8; 6] = *b"HUSK  ";
 const OEM_TABLE: [u8; 8] = *b"HUSKVMM ";
@@ -93,7 +95,7 @@ fn dsdt(serial: bool) -> Sdt {
     // _S5: the sleep type that the guest writes into the sleep control register to power off.
     Name::new("_S5_".into(), &aml::Package::new(vec![&power::SLEEP_TYPE_S5, &zero, &zero, &zero]))
         .to_aml_bytes(&mut code);
-    let mut devices = vec![pci_root(), ecam_reservation(), pvpanic()];
+    let mut devices = vec![pci_root(), event_device(), ecam_reservation(), pvpanic()];
     if serial {
         devices.push(serial_port());
     }
@@ -128,12 +130,84 @@ fn pci_root() -> Vec<u8> {
     let segment = Name::new("_SEG".into(), &aml::ZERO);
     let bus = Name::new("_BBN".into(), &aml::ZERO);
     let coherent = Name::new("_CCA".into(), &aml::ONE);
+    let (registers, fields) = hotplug_registers();
+    let slots: Vec<_> = (0..SLOTS).map(slot).collect();
+    let look = look_at_slots();
+    let mut children: Vec<&dyn Aml> = vec![&compatible, &segment, &bus, &coherent, &registers, &fields, &look];
+    children.extend(slots.iter().map(|slot| slot as &dyn Aml));
     device(
         "PCI0",
         &EISAName::new("PNP0A08"),
-        &[&compatible, &segment, &bus, &coherent],
+        &children,
         vec![&AddressSpace::new_bus_number(0u16, 0u16), &config, &window],
     )
+}
+
+/// Bytes that are AML already.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+fn raw(aml: &dyn Aml) -> Raw {
+    let mut bytes = Vec::new();
+    aml.to_aml_bytes(&mut bytes);
+    Raw(bytes)
+}
+
+/// The registers of `hw::hotplug`: PHIN (inserted), PHRM (removing), PHEJ (eject).
+fn hotplug_registers() -> (Raw, aml::Field) {
+    let (port, len) = (layout::HOTPLUG_PORT, hotplug::PORTS);
+    let region = raw(&aml::OpRegion::new("PHPR".into(), aml::OpRegionSpace::SystemIO, &port, &len));
+    // One after the other, 32 bits each, from hotplug::INSERTED on.
+    let fields = vec![
+        aml::FieldEntry::Named(*b"PHIN", 32),
+        aml::FieldEntry::Named(*b"PHRM", 32),
+        aml::FieldEntry::Named(*b"PHEJ", 32),
+    ];
+    let rule = aml::FieldUpdateRule::WriteAsZeroes;
+    (region, aml::Field::new("PHPR".into(), aml::FieldAccessType::DWord, aml::FieldLockRule::NoLock, rule, fields))
+}
+
+fn slot_name(slot: u8) -> String {
+    format!("SL{slot:02X}")
+}
+
+/// A slot: its address on the bus, its number for people, and how the guest lets go of what is in it (ACPI 6.5, section 6.3.3).
+fn slot(slot: u8) -> Raw {
+    let device = FIRST_SLOT + slot;
+    let address = Name::new("_ADR".into(), &(u32::from(device) << 16));
+    let number = Name::new("_SUN".into(), &device);
+    let (register, bit) = (aml::Path::new("PHEJ"), 1u32 << slot);
+    let eject = aml::Store::new(&register, &bit);
+    let eject = aml::Method::new("_EJ0".into(), 1, true, vec![&eject]);
+    raw(&aml::Device::new(slot_name(slot).as_str().into(), vec![&address, &number, &eject]))
+}
+
+/// Method PHOT: tells of each slot what the registers say. 1 is a device check, 3 an eject request (ACPI 6.5, table 5.141).
+fn look_at_slots() -> Raw {
+    let mut body = Vec::new();
+    for (register, local, value) in [("PHIN", 0, 1u8), ("PHRM", 1, 3u8)] {
+        let (register, local) = (aml::Path::new(register), aml::Local(local));
+        body.push(raw(&aml::Store::new(&local, &register)));
+        for slot in 0..SLOTS {
+            let (bit, place) = (1u32 << slot, aml::Path::new(&slot_name(slot)));
+            // What is stored nowhere: a condition is a number.
+            let has = aml::And::new(&aml::ZERO, &local, &bit);
+            body.push(raw(&aml::If::new(&has, vec![&aml::Notify::new(&place, &value)])));
+        }
+    }
+    raw(&aml::Method::new("PHOT".into(), 0, true, body.iter().map(|term| term as &dyn Aml).collect()))
+}
+
+/// The generic event device (ACPI 6.5, section 5.6.9): its interrupt says that the slots are to be looked at.
+fn event_device() -> Vec<u8> {
+    let look = aml::MethodCall::new("\\_SB_.PCI0.PHOT".into(), vec![]);
+    let event = aml::Method::new("_EVT".into(), 1, true, vec![&look]);
+    device("GED0", &"ACPI0013", &[&event], vec![&aml::Interrupt::new(true, true, false, false, layout::GED_GSI)])
 }
 
 /// Linux uses the enhanced configuration space only if a motherboard resource claims it (PCI Firmware 3.3, section 4.1.2).

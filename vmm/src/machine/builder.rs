@@ -16,6 +16,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use super::barrier::{Barrier, BarrierSubscriber};
 use super::boot::{BootError, Images};
 use super::devices::{self, Backends, DeviceError, EventLoop};
+use super::disks::Disks;
 use super::inherited::{Inherited, Snapshot, Start};
 use super::irq::Interrupts;
 use super::memory::MemoryError;
@@ -25,6 +26,7 @@ use super::{Built, Ending, Saving, Shared, acpi, boot, kick, layout, memory};
 use crate::bus::mmio::MmioBus;
 use crate::bus::pci::{ConfigPorts, PciBus, RestoreError};
 use crate::bus::pio::PioBus;
+use crate::hw::hotplug::{self, HotPlug, HotPlugPorts};
 use crate::hw::power::{self, Power};
 use crate::hw::pvpanic::PvPanic;
 use crate::hw::serial::Serial;
@@ -139,7 +141,7 @@ pub(crate) fn build(
         };
         Ok::<_, BuildError>((beginning?, parts?))
     })?;
-    let Parts { mut vcpus, buses } = parts;
+    let Parts { mut vcpus, buses, disks } = parts;
     match beginning {
         Beginning::Kernel(entry) => vcpus.first().map_or(Ok(()), |first| first.enter_kernel(entry))?,
         Beginning::Saved(state) => {
@@ -154,7 +156,7 @@ pub(crate) fn build(
         Ok((vcpu, page))
     });
     let vcpus = vcpus.collect::<Result<_, BuildError>>()?;
-    let shared = Shared { buses, gate: Arc::default(), ending, phases, memory };
+    let shared = Shared { buses, gate: Arc::default(), disks: Arc::new(disks), ending, phases, memory };
     Ok(Built { vcpus, shared: Arc::new(shared), saving })
 }
 
@@ -244,6 +246,7 @@ fn create_vm(system: &Kvm) -> Result<Arc<VmFd>, BuildError> {
 struct Parts {
     vcpus: Vec<Vcpu>,
     buses: Buses,
+    disks: Disks,
 }
 
 impl Parts {
@@ -265,17 +268,20 @@ impl Parts {
         };
         let vcpus = (0..config.vcpus).map(|id| Vcpu::new(vm, id, &template)).collect::<Result<_, _>>()?;
 
-        let mut pci = PciBus::default();
-        devices::attach(config, backends, &interrupts, memory, events, &mut pci)?;
-        let pci = Arc::new(pci);
+        let pci = Arc::new(PciBus::default());
+        devices::attach(config, backends, &interrupts, memory, events, &pci)?;
+        let event = interrupts.pin(layout::GED_GSI).map_err(kvm("make the interrupt of the generic event device"))?;
+        let hotplug = Arc::new(HotPlug::new(pci.clone(), event));
         let mut pio = PioBus::default();
         pio.insert(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORTS, ConfigPorts::new(pci.clone()));
         pio.insert(layout::PVPANIC_PORT, 1, PvPanic);
         pio.insert(layout::POWER_PORT, power::PORTS, Power);
+        pio.insert(layout::HOTPLUG_PORT, hotplug::PORTS, HotPlugPorts(hotplug.clone()));
         if let Some(output) = serial_output {
             let interrupt = interrupts.pin(layout::SERIAL_GSI).map_err(kvm("make the serial port's interrupt"))?;
             pio.insert(layout::SERIAL_PORT, layout::SERIAL_PORTS, Serial::new(interrupt, File::from(output)));
         }
-        Ok(Self { vcpus, buses: Buses { pio, mmio: MmioBus::new(pci) } })
+        let disks = Disks::new(hotplug, interrupts, memory.clone(), config.vcpus);
+        Ok(Self { vcpus, buses: Buses { pio, mmio: MmioBus::new(pci) }, disks })
     }
 }

@@ -1,4 +1,4 @@
-//! All virtio devices of a machine: the only place that knows them. Each device is joined to its back end here, in the order in
+//! All virtio devices that a machine has from the start: the only place that knows them (disks come later, see `disks`). Each device is joined to its back end here, in the order in
 //! which the guest finds them: rng, console, vsock, fs, nets.
 
 use std::io;
@@ -76,11 +76,12 @@ pub(crate) fn attach(
     interrupts: &Interrupts,
     memory: &Arc<GuestMemory>,
     events: &mut EventLoop,
-    pci: &mut PciBus,
+    pci: &PciBus,
 ) -> Result<(), DeviceError> {
     let mut put = |attached: Attached| -> Result<(), DeviceError> {
-        let function = VirtioPciFunction::new(attached.device, interrupts, pci.next_bar(), memory.clone())?;
-        pci.push(Box::new(function))?;
+        let (device, bar) = pci.next()?;
+        let function = VirtioPciFunction::new(attached.device, Arc::new(interrupts.clone()), bar, memory.clone())?;
+        pci.insert(device, Box::new(function))?;
         events.add_subscriber(attached.subscriber);
         Ok(())
     };

@@ -31,6 +31,8 @@ struct Shared {
 
 struct State {
     next_gsi: u32,
+    /// Those of vectors that are gone.
+    free_gsis: Vec<u32>,
     /// Address and data of each routed vector.
     routes: BTreeMap<u32, (u64, u32)>,
 }
@@ -39,7 +41,7 @@ impl Interrupts {
     /// Makes the in-kernel interrupt controllers. Comes before any vCPU.
     pub(crate) fn new(vm: Arc<VmFd>) -> io::Result<Self> {
         vm.create_irq_chip()?;
-        let state = State { next_gsi: IOAPIC_PINS, routes: BTreeMap::new() };
+        let state = State { next_gsi: IOAPIC_PINS, free_gsis: Vec::new(), routes: BTreeMap::new() };
         Ok(Self { shared: Arc::new(Shared { vm, state: Mutex::new(state) }) })
     }
 
@@ -53,30 +55,44 @@ impl Interrupts {
 
 impl Machine for Interrupts {
     fn msi_vectors(&self, count: u16) -> io::Result<Vec<Arc<dyn MsiVector>>> {
-        let first = {
-            let mut state = lock(&self.shared.state);
-            let first = state.next_gsi;
-            let next = first + u32::from(count);
-            if next > GSIS {
-                return Err(io::Error::other(format!("no {count} more interrupts left")));
-            }
-            state.next_gsi = next;
-            first
-        };
         let vector = |gsi| -> io::Result<Arc<dyn MsiVector>> {
-            let event = EventFd::new(EFD_NONBLOCK)?;
+            let event = EventFd::new(EFD_NONBLOCK).inspect_err(|_| self.shared.free_gsi(gsi))?;
             Ok(Arc::new(Vector { gsi, event, connected: Mutex::new(false), shared: self.shared.clone() }))
         };
-        (first..first + u32::from(count)).map(vector).collect()
+        // A vector that is made gives its GSI back when it is dropped, whatever becomes of the others.
+        (0..count).map(|_| vector(self.shared.take_gsi()?)).collect()
     }
 
     fn notify_on_write(&self, address: u64, event: &EventFd) -> io::Result<()> {
         // Without data to match KVM takes writes of any length.
         Ok(self.shared.vm.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)?)
     }
+
+    fn forget_write(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        Ok(self.shared.vm.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)?)
+    }
 }
 
 impl Shared {
+    fn take_gsi(&self) -> io::Result<u32> {
+        let mut state = lock(&self.state);
+        if let Some(gsi) = state.free_gsis.pop() {
+            return Ok(gsi);
+        }
+        if state.next_gsi == GSIS {
+            return Err(io::Error::other("no interrupts left"));
+        }
+        state.next_gsi += 1;
+        Ok(state.next_gsi - 1)
+    }
+
+    /// Its route goes with the next change of the table.
+    fn free_gsi(&self, gsi: u32) {
+        let mut state = lock(&self.state);
+        state.routes.remove(&gsi);
+        state.free_gsis.push(gsi);
+    }
+
     /// Adds or changes a route. KVM takes the whole table at once and waits for readers of the old one, so nothing is done for no change.
     fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
         let mut state = lock(&self.state);
@@ -138,5 +154,13 @@ impl MsiVector for Vector {
 
     fn event(&self) -> &EventFd {
         &self.event
+    }
+}
+
+impl Drop for Vector {
+    fn drop(&mut self) {
+        // Where KVM can't let go of it, closing the event makes it.
+        let _ = self.mask();
+        self.shared.free_gsi(self.gsi);
     }
 }

@@ -62,6 +62,10 @@ pub(crate) const SERIAL_GSI: u32 = 4;
 pub(crate) const PVPANIC_PORT: u16 = 0x505;
 /// ACPI's sleep control register; sleep status and reset follow it.
 pub(crate) const POWER_PORT: u16 = 0x600;
+/// Hot-plug of PCI devices: three registers of 32 bits, see `hw::hotplug`.
+pub(crate) const HOTPLUG_PORT: u16 = 0x610;
+/// Interrupt of ACPI's generic event device.
+pub(crate) const GED_GSI: u32 = 9;
 /// PCI configuration mechanism 1: address at this port, data at the next four (PCI 3.0, section 3.2.2.3.2).
 pub(crate) const PCI_CONFIG_PORT: u16 = 0xCF8;
 /// Number of ports of mechanism 1.

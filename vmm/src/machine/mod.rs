@@ -6,6 +6,7 @@ mod boot;
 mod builder;
 mod cpuid;
 mod devices;
+mod disks;
 mod ending;
 mod gate;
 mod inherited;
@@ -31,6 +32,7 @@ use kvm_ioctls::VmFd;
 
 pub(crate) use builder::{build, check};
 pub(crate) use devices::EventLoop;
+pub(crate) use disks::{DiskError, Disks};
 pub(crate) use ending::{Ending, EndingSubscriber};
 pub(crate) use inherited::Taker;
 
@@ -70,6 +72,7 @@ pub(crate) struct Paused(Running);
 struct Shared {
     buses: Buses,
     gate: Arc<Gate>,
+    disks: Arc<Disks>,
     ending: Arc<Ending>,
     phases: Phases,
     /// KVM knows it by address: it must live as long as any vCPU.
@@ -167,6 +170,11 @@ fn run(vcpu: Vcpu, id: usize, shared: &Shared) -> Result<ExitReason, SeccompErro
 }
 
 impl Running {
+    /// Disks that come and go, whatever the vCPUs do.
+    pub(crate) fn disks(&self) -> Arc<Disks> {
+        self.shared.disks.clone()
+    }
+
     /// Stops all vCPUs. If that fails the machine runs on.
     pub(crate) fn pause(self) -> Result<Paused, (Self, PauseError)> {
         self.shared.gate.close();

@@ -31,11 +31,13 @@ pub trait MsiVector: Send + Sync {
 }
 
 /// What the machine does for PCI functions.
-pub trait Machine {
+pub trait Machine: Send + Sync {
     /// New vectors, not routed yet.
     fn msi_vectors(&self, count: u16) -> io::Result<Vec<Arc<dyn MsiVector>>>;
     /// From now on a write of any size by the guest to this guest-physical address signals the event, without an exit to user space.
     fn notify_on_write(&self, address: u64, event: &EventFd) -> io::Result<()>;
+    /// Takes that back.
+    fn forget_write(&self, address: u64, event: &EventFd) -> io::Result<()>;
 }
 
 /// A PCI function on the machine's bus. Offsets and lengths come from the guest: any value may come.
@@ -44,8 +46,10 @@ pub trait PciFunction: Send {
     fn config_read(&mut self, offset: u16, data: &mut [u8]);
     /// Writes 1, 2 or 4 bytes of configuration space.
     fn config_write(&mut self, offset: u16, data: &[u8]);
-    /// Length in bytes of BAR 0 (64-bit, memory, non-prefetchable), a power of two. The machine chooses its address, which never changes: a guest that moves it loses the device.
+    /// Length in bytes of BAR 0 (64-bit, memory, non-prefetchable), a power of two.
     fn bar_len(&self) -> u64;
+    /// Guest-physical address of BAR 0, which changes only by writes of configuration space. None while it answers nowhere.
+    fn bar(&self) -> Option<u64>;
     /// Reads from BAR 0.
     fn bar_read(&mut self, offset: u64, data: &mut [u8]);
     /// Writes to BAR 0.

@@ -5,7 +5,7 @@
 //! ```ignore
 //! let mut events = EventManager::<husk_virtio::Subscriber>::new()?;
 //! let attached = husk_virtio::net::Net::attach(husk_backend::tap::Tap::new(tap_fd)?, mac, mtu)?;
-//! let function = VirtioPciFunction::new(attached.device, &machine, bar_address, memory.clone())?;
+//! let function = VirtioPciFunction::new(attached.device, machine, bar_address, memory.clone())?;
 //! events.add_subscriber(attached.subscriber);
 //! bus.add(function, bar_address);
 //! loop { events.run()?; }
@@ -14,9 +14,11 @@
 //! `attach` joins a device with its back end; each device has one: `rng::Rng::attach(Entropy)`, `console::Console::attach(Sink)`,
 //! `vsock::Vsock::attach(DialChannel, guest_cid)`, `fs::Fs::attach(UnixStream, tag, request_queues)`, `net::Net::attach(Tap, mac, mtu)`.
 //! The function is driven by vCPU threads, the subscriber by the one thread that runs the event loop; they share the device under a
-//! lock. A driver's DRIVER_OK only hands the queues over: the device starts on the loop's thread.
+//! lock. A driver's DRIVER_OK only hands the queues over: the device starts on the loop's thread. Disks (`blk::Blk::attach(Disk, id, queues)`)
+//! have threads of their own in place of the loop, since they wait for the host's storage.
 #![cfg_attr(not(test), forbid(unsafe_code))]
 
+pub mod blk;
 pub mod chain;
 pub mod console;
 pub mod device;

@@ -15,15 +15,15 @@ use crate::testing::{Driver, FakeMachine, FakeVector, WRITE, memory};
 struct World {
     function: VirtioPciFunction,
     events: EventManager<Subscriber>,
-    machine: FakeMachine,
+    machine: Arc<FakeMachine>,
     queues: Vec<Driver>,
 }
 
 impl World {
     fn new(attached: Attached, queues: usize) -> Self {
         let memory = memory();
-        let machine = FakeMachine::default();
-        let function = VirtioPciFunction::new(attached.device, &machine, 0xd000_0000, memory.clone()).unwrap();
+        let machine = Arc::new(FakeMachine::default());
+        let function = VirtioPciFunction::new(attached.device, machine.clone(), 0xd000_0000, memory.clone()).unwrap();
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(attached.subscriber);
         let queues = (0..queues).map(|index| Driver::new(&memory, 0x10000 * (index as u64 + 1), 64)).collect();

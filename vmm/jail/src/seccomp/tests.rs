@@ -6,8 +6,14 @@ use nix::sys::wait::WaitStatus;
 use super::*;
 use crate::tests::in_child;
 
-const KINDS: [ThreadKind; 5] =
-    [ThreadKind::Vcpu, ThreadKind::Devices, ThreadKind::Control, ThreadKind::FsMain, ThreadKind::FsQueue];
+const KINDS: [ThreadKind; 6] = [
+    ThreadKind::Vcpu,
+    ThreadKind::Devices,
+    ThreadKind::Control,
+    ThreadKind::Disk,
+    ThreadKind::FsMain,
+    ThreadKind::FsQueue,
+];
 
 #[test]
 fn every_table_compiles_and_names_a_call_once() {
@@ -74,6 +80,7 @@ fn only_the_file_daemon_opens_files() {
         (ThreadKind::Vcpu, false),
         (ThreadKind::Devices, false),
         (ThreadKind::Control, false),
+        (ThreadKind::Disk, false),
         (ThreadKind::FsQueue, true),
     ] {
         let status = in_child(|| {

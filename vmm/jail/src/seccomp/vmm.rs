@@ -20,6 +20,11 @@ const KVM_GET_TSC_KHZ: u64 = 0xaea3;
 const KVM_GET_IRQCHIP: u64 = 0xc208_ae62;
 const KVM_GET_CLOCK: u64 = 0x8030_ae7c;
 const KVM_SET_CLOCK: u64 = 0x4030_ae7b;
+// linux/fs.h
+const BLKSSZGET: u64 = 0x1268;
+const BLKPBSZGET: u64 = 0x127b;
+const BLKDISCARD: u64 = 0x1277;
+const BLKZEROOUT: u64 = 0x127f;
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const TUNSETVNETHDRSZ: u64 = 0x4004_54d8;
 
@@ -112,17 +117,48 @@ pub(super) const CONTROL: &[Allowed] = &[
             KVM_GET_CLOCK,   // the guest's clock over a pause
             KVM_SET_CLOCK,   // the same
             KVM_GET_IRQCHIP, // a snapshot
+            KVM_IOEVENTFD,   // a disk is taken away: its doorbells
+            KVM_IRQFD,       // the same: its vectors
+            BLKSSZGET,       // a disk's block sizes
+            BLKPBSZGET,      // the same
+            BLKDISCARD,      // what disks' threads do
+            BLKZEROOUT,      // the same
             libc::FIONBIO,   // non-blocking mode
         ],
-        "pause, resume and save, the socket",
+        "pause, resume and save, disks, the socket",
     ),
     any(libc::SYS_getsockopt, "the socket's peer and error"),
     any(libc::SYS_getsockname, "the runtime"),
     any(libc::SYS_getpeername, "the runtime"),
     only(libc::SYS_socketpair, 0, &[libc::AF_UNIX as u64], "the runtime's wake-up"),
     any(libc::SYS_getrusage, "figures of the process"),
-    any(libc::SYS_lseek, "a snapshot: where guest memory holds something"),
+    any(libc::SYS_lseek, "a snapshot: where guest memory holds something; a disk's length"),
     any(libc::SYS_ftruncate, "a snapshot's file"),
     any(libc::SYS_pwrite64, "a snapshot's file"),
-    any(libc::SYS_fdatasync, "a snapshot's files"),
+    any(libc::SYS_statx, "a disk's type"),
+    any(libc::SYS_fstat, "the same"),
+];
+
+/// A disk's thread.
+pub(super) const DISK: &[Allowed] = &[
+    only(
+        libc::SYS_ioctl,
+        1,
+        &[
+            BLKDISCARD, // discard on a block device
+            BLKZEROOUT, // write zeroes on a block device
+            KVM_IRQFD,  // the last owner of a vector lets go of it
+        ],
+        "block devices, vectors",
+    ),
+    any(libc::SYS_poll, "waits for the driver's notifications"),
+    any(libc::SYS_ppoll, "the same"),
+];
+
+/// What disks' threads do with the host's files.
+pub(super) const STORAGE: &[Allowed] = &[
+    any(libc::SYS_preadv, "files into the guest's memory"),
+    any(libc::SYS_pwritev, "the guest's memory into files"),
+    any(libc::SYS_fdatasync, "flush, and a snapshot's files"),
+    any(libc::SYS_fallocate, "discard and write zeroes on files"),
 ];

@@ -232,4 +232,9 @@ impl Machine for FakeMachine {
         self.notifications.lock().unwrap().push((address, event.as_raw_fd()));
         Ok(())
     }
+
+    fn forget_write(&self, address: u64, event: &EventFd) -> std::io::Result<()> {
+        self.notifications.lock().unwrap().retain(|known| *known != (address, event.as_raw_fd()));
+        Ok(())
+    }
 }

@@ -249,6 +249,11 @@ impl Transport {
         self.queues.get(usize::from(self.queue_select))
     }
 
+    /// The event of each queue.
+    pub fn events(&self) -> impl Iterator<Item = &EventFd> {
+        self.queues.iter().map(|queue| &*queue.event)
+    }
+
     /// Signals the queue's event as the driver's notification does.
     pub fn notify(&self, queue: usize) {
         if let Some(queue) = self.queues.get(queue) {

@@ -17,6 +17,8 @@ const FIRST_CAPABILITY: usize = 0x40;
 
 /// Memory space and bus master enables, parity, SERR, INTx disable.
 const COMMAND_WRITABLE: u16 = 0x0546;
+/// Command: the function answers in its BAR.
+const COMMAND_MEMORY: u16 = 0x0002;
 /// Status: a capability list is there.
 const STATUS_CAPABILITIES: u16 = 0x0010;
 /// BAR: memory, 64-bit, non-prefetchable.
@@ -49,6 +51,7 @@ pub(super) struct ConfigSpace {
 }
 
 impl ConfigSpace {
+    /// `bar_address` is what firmware would have programmed; 0 leaves that to the guest.
     pub(super) fn new(device_type: u32, bar_address: u64, vectors: u16) -> Self {
         let mut space =
             Self { bytes: [0; LEN], writable: [0; LEN], msix: 0, window: 0, end: FIRST_CAPABILITY, last: None };
@@ -108,6 +111,16 @@ impl ConfigSpace {
     /// What the guest wrote, for a snapshot: the writable bits of each byte.
     pub(super) fn save(&self) -> Vec<u8> {
         self.bytes.iter().zip(&self.writable).map(|(byte, mask)| byte & mask).collect()
+    }
+
+    /// Where BAR 0 is now. None while the guest has memory decoding off, or at no address that a BAR can have.
+    pub(super) fn bar(&self) -> Option<u64> {
+        let command = u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]]);
+        let mut address = [0; 8];
+        address.copy_from_slice(&self.bytes[BAR0..BAR0 + 8]);
+        let address = u64::from_le_bytes(address) & !(layout::BAR_LEN - 1);
+        (command & COMMAND_MEMORY != 0 && address != 0 && address.checked_add(layout::BAR_LEN).is_some())
+            .then_some(address)
     }
 
     /// MSI-X enable and function mask.

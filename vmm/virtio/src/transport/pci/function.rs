@@ -40,6 +40,9 @@ pub enum PciError {
 
 /// A virtio device on the PCI bus.
 pub struct VirtioPciFunction {
+    machine: Arc<dyn Machine>,
+    /// Where the machine takes notifications, if it does.
+    notified_at: Option<u64>,
     pub(super) transport: Transport,
     pub(super) config: ConfigSpace,
     pub(super) shared: Arc<Shared>,
@@ -56,10 +59,11 @@ pub(super) struct Shared {
 }
 
 impl VirtioPciFunction {
-    /// Makes the function for a device and registers its notification addresses. `bar_address` is where BAR 0 is and stays.
+    /// Makes the function for a device. `bar_address` is where BAR 0 is at first, as if firmware had placed it; 0 leaves that to the
+    /// guest, as with what is plugged in while it runs.
     pub fn new(
         device: Arc<Mutex<dyn VirtioDevice>>,
-        machine: &dyn Machine,
+        machine: Arc<dyn Machine>,
         bar_address: u64,
         memory: Arc<GuestMemory>,
     ) -> Result<Self, PciError> {
@@ -71,11 +75,8 @@ impl VirtioPciFunction {
             return Err(PciError::TooManyQueues(name, queues));
         }
         let mut events = Vec::with_capacity(queues);
-        for index in 0..queues {
-            let event = EventFd::new(EFD_NONBLOCK).map_err(|error| PciError::Event(name, error))?;
-            let address = bar_address + layout::NOTIFY + u64::from(layout::NOTIFY_MULTIPLIER) * index as u64;
-            machine.notify_on_write(address, &event).map_err(|error| PciError::Notify(name, index, error))?;
-            events.push(Arc::new(event));
+        for _ in 0..queues {
+            events.push(Arc::new(EventFd::new(EFD_NONBLOCK).map_err(|error| PciError::Event(name, error))?));
         }
         // One vector a queue and one for configuration changes; at most 256.
         let count = queues as u16 + 1;
@@ -88,12 +89,47 @@ impl VirtioPciFunction {
             isr: AtomicU8::new(0),
             needs_reset: transport.needs_reset(),
         };
-        Ok(Self {
+        let mut function = Self {
+            machine,
+            notified_at: None,
             config: ConfigSpace::new(transport.device_type(), bar_address, count),
             transport,
             shared: Arc::new(shared),
             queue_vectors: vec![NO_VECTOR; queues],
-        })
+        };
+        if bar_address != 0 {
+            function.place_notifications(bar_address).map_err(|(index, error)| PciError::Notify(name, index, error))?;
+        }
+        Ok(function)
+    }
+
+    /// Has the machine take notifications of a BAR at `bar`, and no longer where it was before.
+    fn place_notifications(&mut self, bar: u64) -> Result<(), (usize, io::Error)> {
+        self.forget_notifications();
+        self.notified_at = Some(bar);
+        for (index, event) in self.transport.events().enumerate() {
+            self.machine.notify_on_write(notification(bar, index), event).map_err(|error| (index, error))?;
+        }
+        Ok(())
+    }
+
+    fn forget_notifications(&mut self) {
+        let Some(bar) = self.notified_at.take() else { return };
+        for (index, event) in self.transport.events().enumerate() {
+            // Fails for those that were refused before.
+            let _ = self.machine.forget_write(notification(bar, index), event);
+        }
+    }
+
+    /// Follows the guest's placing of the BAR. While it sizes BARs it turns memory decoding off and on again, which changes nothing here.
+    pub(super) fn follow_bar(&mut self) {
+        if let Some(bar) = self.config.bar()
+            && self.notified_at != Some(bar)
+            && let Err((queue, error)) = self.place_notifications(bar)
+        {
+            // Then the notification is an access like any other, and slower.
+            tracing::warn!(device = self.transport.name(), queue, %error, "no short way for notifications");
+        }
     }
 
     fn read_common(&mut self, offset: u64, data: &mut [u8]) {
@@ -217,6 +253,7 @@ impl PciFunction for VirtioPciFunction {
 
     fn config_write(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
+        self.follow_bar();
         let (enabled, masked) = self.config.msix_control();
         if (enabled, masked) != self.shared.msix.control() {
             self.shared.msix.set_control(enabled, masked);
@@ -238,6 +275,10 @@ impl PciFunction for VirtioPciFunction {
 
     fn bar_len(&self) -> u64 {
         layout::BAR_LEN
+    }
+
+    fn bar(&self) -> Option<u64> {
+        self.config.bar()
     }
 
     fn bar_read(&mut self, offset: u64, data: &mut [u8]) {
@@ -269,6 +310,17 @@ impl PciFunction for VirtioPciFunction {
             _ => {}
         }
     }
+}
+
+impl Drop for VirtioPciFunction {
+    fn drop(&mut self) {
+        self.forget_notifications();
+    }
+}
+
+/// The address by which a driver notifies of a queue.
+fn notification(bar: u64, queue: usize) -> u64 {
+    bar + layout::NOTIFY + u64::from(layout::NOTIFY_MULTIPLIER) * queue as u64
 }
 
 impl Shared {

@@ -9,11 +9,11 @@ use crate::testing::{Driver, FakeMachine, memory};
 
 const BAR: u64 = 0xd000_0000;
 
-fn setup() -> (VirtioPciFunction, FakeMachine, Driver) {
+fn setup() -> (VirtioPciFunction, Arc<FakeMachine>, Driver) {
     let memory = memory();
-    let machine = FakeMachine::default();
+    let machine = Arc::new(FakeMachine::default());
     let attached = Rng::attach(Entropy).unwrap();
-    let function = VirtioPciFunction::new(attached.device, &machine, BAR, memory.clone()).unwrap();
+    let function = VirtioPciFunction::new(attached.device, machine.clone(), BAR, memory.clone()).unwrap();
     (function, machine, Driver::new(&memory, 0x10000, 64))
 }
 
@@ -176,9 +176,9 @@ fn a_saved_function_goes_on_in_another_machine() {
     start(&mut function, &driver);
     let state = function.saved().unwrap();
 
-    let machine = FakeMachine::default();
+    let machine = Arc::new(FakeMachine::default());
     let attached = Rng::attach(Entropy).unwrap();
-    let mut other = VirtioPciFunction::new(attached.device, &machine, BAR, driver.memory.clone()).unwrap();
+    let mut other = VirtioPciFunction::new(attached.device, machine.clone(), BAR, driver.memory.clone()).unwrap();
     other.replay(&state).unwrap();
     assert_eq!(other.saved().unwrap(), state);
     assert_eq!(config::<2>(&mut other, 4), [6, 0]);

@@ -32,6 +32,7 @@ pub(super) const DEVICE_BASE: u16 = 0x1040;
 pub(super) fn class(device_type: u32) -> (u8, u8) {
     match device_type {
         1 => (0x02, 0x00),      // network: Ethernet
+        2 => (0x01, 0x80),      // block: other storage
         3 | 19 => (0x07, 0x80), // console, vsock: other communication
         26 => (0x01, 0x80),     // file system: other storage
         _ => (0xff, 0x00),      // no class fits

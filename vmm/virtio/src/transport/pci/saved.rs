@@ -41,6 +41,7 @@ impl VirtioPciFunction {
             return Err(SavedError::Refused(self.transport.name(), "interrupt vectors"));
         }
         self.config.write(0, &state.config);
+        self.follow_bar();
         self.shared.msix.restore(&state.vectors);
         let (enabled, masked) = self.config.msix_control();
         self.shared.msix.set_control(enabled, masked);
