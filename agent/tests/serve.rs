@@ -343,7 +343,7 @@ async fn sets_the_network_up() {
         "inet6 fd00::3/64 scope global",
         "inet6 fe80::3/64 scope link",
         "from 10.1.2.3 lookup 300",
-        "default via 169.254.1.1 dev eth0 proto static metric 7",
+        "default via 169.254.1.1 dev eth0  metric 7",
         "default via 169.254.1.1 dev eth0",
         "169.254.1.1 dev eth0 scope link",
         "default via fd00::1 dev eth0",

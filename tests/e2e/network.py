@@ -251,6 +251,8 @@ def test_interfaces_by_hand():
                 run("ip", "link", "set", name, "up")
             it.ip("link", "set", "eth0", "mtu", "9000", "up")
             it.ip("link", "set", "fifteen-bytes-9", "up")
+            for setting in ("eth0.accept_ra=0", "eth0.autoconf=0", "fifteen-bytes-9.accept_ra=2"):
+                it.run("sysctl", "-qw", f"net.ipv6.conf.{setting}")
             it.ip("addr", "add", "10.88.5.2/24", "dev", "eth0")
             it.ip("addr", "add", "10.88.5.3/32", "dev", "eth0")
             it.ip("addr", "add", "fd00:88:5::2/64", "dev", "eth0", "nodad")
@@ -269,6 +271,9 @@ def test_interfaces_by_hand():
             with single("byhand", it.path, "sleep", "1000") as box:
                 _as_on_the_host(it, box)
                 assert box.exec("ip", "route", "show", "table", "300") == it.run("busybox", "ip", "route", "show", "table", "300")
+                settings = [box.exec("cat", f"/proc/sys/net/ipv6/conf/{name}") for name in ("eth0/accept_ra", "eth0/autoconf",
+                            "fifteen-bytes-9/accept_ra", "fifteen-bytes-9/autoconf")]
+                assert settings == ["0", "0", "2", "1"], settings
                 links = box.exec("ip", "link")
                 assert "mtu 9000" in links and "fifteen-bytes-9" in links and "isdown" not in links, links
         finally:
