@@ -168,6 +168,19 @@ def test_config_map_update():
         assert box.exec("ls", "-A", "/config").split() == ["..2026_7", "..data", "key"]
 
 
+def test_watches_within_the_pod():
+    """A watch (inotify) on a volume wakes for what another container of the pod does there."""
+    # IN_CREATE; the event's name begins at byte 16 (inotify(7)).
+    watcher = ("import ctypes, os; c = ctypes.CDLL(None); f = c.inotify_init(); c.inotify_add_watch(f, b'/data', 0x100); print('ready', flush=True); "
+               "print(os.read(f, 4096)[16:].decode())")
+    with folder() as top, pod() as it:
+        watch = it.start(["python3", "-c", watcher], mounts=[bind(top, "/data"), *PYTHON])
+        other = it.start(["sleep", "1000"], mounts=[bind(top, "/data")])
+        eventually(lambda: "ready" in watch.logs(), within=30)
+        other.exec("touch", "/data/new")
+        eventually(lambda: "new" in watch.logs())
+
+
 def test_sub_path():
     """subPath: a file and a directory within a volume, bound on the host by descriptor as the kubelet does, are volumes like any other; a file
     that is replaced on the host stays the one that was bound."""
@@ -383,8 +396,11 @@ def test_recursive_read_only():
 def test_image_volume():
     """With containerd 2 an image is a volume: its files are seen, and not written."""
     needs_containerd_2()
+    folders = pathlib.Path("/run/husk-test/state/io.containerd.grpc.v1.cri/image-volumes")
     with pod() as it:
         image = {"container_path": "/image", "image": {"image": "husk.test/busybox:1"}, "readonly": True}
         box = it.start(["sleep", "1000"], mounts=[image])
         assert box.exec("cat", "/image/etc/passwd") == box.exec("cat", "/etc/passwd")
         assert "Read-only file system" in fails(box, "touch", "/image/x")
+    # containerd makes it with the first such volume, and keeps it; it must be empty.
+    folders.rmdir()

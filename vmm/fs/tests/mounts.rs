@@ -102,3 +102,23 @@ fn a_file_and_a_tmpfs_are_bound() {
     assert_eq!(guest.getattr(file.nodeid).unwrap().attr.nlink, 0);
     guest.write(file.nodeid, open.fh, 0, b"x", 0).unwrap();
 }
+
+#[test]
+fn a_live_volume_is_asked_for_each_time_and_apart_from_a_private_one() {
+    use nix::mount::{MsFlags, mount};
+    let (mut guest, host) = share();
+    fs::create_dir_all(guest.host("c/live/0")).unwrap();
+    fs::create_dir(host.join("late")).unwrap();
+    fs::write(host.join("f"), "").unwrap();
+    bind(&host, &guest.host("c/live/0"), false);
+    bind(&host, &guest.host("c/mounts/0"), false);
+    let (live, private) = (guest.walk("c/live/0/late").unwrap(), guest.walk("c/mounts/0/late").unwrap());
+    assert_eq!((live.entry_valid, live.entry_valid_nsec), (0, 0));
+    assert_ne!(live.nodeid, private.nodeid, "or one would show what is mounted in the other");
+    mount(Some("tmpfs"), &guest.host("c/live/0/late"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    fs::write(guest.host("c/live/0/late/new"), "").unwrap();
+    assert!(guest.walk("c/live/0/late/new").is_ok());
+    assert_eq!(guest.walk("c/mounts/0/late/new").unwrap_err(), libc::ENOENT);
+    // Files are one, with their pages and locks.
+    assert_eq!(guest.walk("c/live/0/f").unwrap().nodeid, guest.walk("c/mounts/0/f").unwrap().nodeid);
+}
