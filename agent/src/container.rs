@@ -12,7 +12,6 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use oci_spec::runtime::{LinuxResources, LinuxSeccomp, Process as OciProcess, Spec};
 use thiserror::Error;
-use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, spawn_blocking};
 
 use crate::cell::{PATIENCE, build, kill, on_cgroup, remove, set_oom_score};
@@ -22,7 +21,8 @@ use crate::events::Events;
 use crate::huge::{HugeError, HugePages};
 use crate::oom::Oom;
 use crate::process::Process;
-use crate::reaper::{Exit, Reaper, Spawning};
+use crate::reaper::{Reaper, Spawning};
+use crate::session;
 use crate::stdio::{self, Connections, Ends, StdioError};
 
 /// Containers in the table, and processes of one container in its own: far above what a pod has.
@@ -230,7 +230,7 @@ impl Containers {
         let doing = || format!("watch the memory of container {}", container.id);
         let watch = cgroup.watch_oom().map_err(|source| ContainerError::Cgroup { what: doing(), source })?;
         let oom = Arc::new(Oom::new(watch).map_err(StdioError::Attach)?);
-        let terminal = stdio::attach(ends, connections?, process.terminal)?;
+        let stdio::Attached { terminal, outputs } = stdio::attach(ends, connections?, process.terminal)?;
         let pid = to_pid(process.pid);
         let (init, tell) = Process::new(pid, self.reaper.clone(), terminal);
         let claim = spawning.claim(pid);
@@ -256,7 +256,7 @@ impl Containers {
             oom.tell(&id, &events).await;
             // Nobody may wait for it any more.
             let _ = tell.send(Some(exit));
-            events.exited(&id, "", exit).await;
+            events.exited(&id, "", exit, outputs.written()).await;
         });
         Ok((process.starter, process.pid))
     }
@@ -370,11 +370,17 @@ impl Containers {
         let pid = to_pid(spawned.pid);
         let claim = spawning.claim(pid);
         drop(spawning);
-        let terminal = stdio::attach(ends, connections?, spawned.terminal)?;
+        let stdio::Attached { terminal, outputs } = stdio::attach(ends, connections?, spawned.terminal)?;
         let starter = spawned.starter;
         spawn_blocking(move || starter.start()).await?.map_err(failed)?;
         let (process, tell) = Process::new(pid, self.reaper.clone(), terminal);
-        tokio::spawn(tell_exit(claim, tell, self.events.clone(), id.clone(), exec_id.to_owned()));
+        let (events, id, exec_id) = (self.events.clone(), id.clone(), exec_id.to_owned());
+        tokio::spawn(async move {
+            let Ok(exit) = claim.await else { return };
+            // Nobody may wait for it any more.
+            let _ = tell.send(Some(exit));
+            events.exited(&id, &exec_id, exit, outputs.written()).await;
+        });
         Ok(Arc::new(process))
     }
 
@@ -400,18 +406,27 @@ impl Containers {
             .ok_or_else(|| ContainerError::Unfit(format!("{} is no signal", request.signal)))?;
         let container = self.find(&request.id)?;
         let made = container.made()?;
-        if !request.all {
+        if !request.all || !request.exec_id.is_empty() {
             let process = container.process(&request.exec_id)?;
             let what = || describe(&request.id, &request.exec_id);
-            return process.signal(signal).map_err(|source| match source {
+            process.signal(signal).map_err(|source| match source {
                 Errno::ESRCH => ContainerError::Absent(format!("{} any more: it has ended", what())),
                 source => ContainerError::Signal { what: what(), source },
-            });
+            })?;
+            if signal == nix::libc::SIGKILL && !request.exec_id.is_empty() {
+                // What a probe that took too long has started goes with it.
+                let (cgroup, session) = (made.cgroup.clone(), process.pid());
+                return on_cgroup(format!("kill the session of {}", what()), move || session::kill(&cgroup, session))
+                    .await;
+            }
+            return Ok(());
         }
         if signal == nix::libc::SIGKILL {
             return kill(&request.id, made.cgroup.clone()).await;
         }
-        for pid in self.processes(&request.id).await? {
+        let cgroup = made.cgroup.clone();
+        let listing = on_cgroup(format!("list the processes of container {}", request.id), move || cgroup.processes());
+        for pid in listing.await? {
             match crate::reaper::send(to_pid(pid), signal) {
                 Ok(()) | Err(Errno::ESRCH) => {}
                 Err(source) => return Err(ContainerError::Signal { what: describe(&request.id, ""), source }),
@@ -458,10 +473,19 @@ impl Containers {
         on_cgroup(format!("read the figures of container {id}"), move || cgroup.stats()).await
     }
 
-    /// The container's processes.
-    pub(crate) async fn processes(&self, id: &str) -> Result<Vec<u32>> {
-        let cgroup = self.find(id)?.made()?.cgroup.clone();
-        on_cgroup(format!("list the processes of container {id}"), move || cgroup.processes()).await
+    /// The container's processes, each with its exec id if it is an exec's own.
+    pub(crate) async fn processes(&self, id: &str) -> Result<Vec<(u32, String)>> {
+        let container = self.find(id)?;
+        let made = container.made()?;
+        let cgroup = made.cgroup.clone();
+        let pids = on_cgroup(format!("list the processes of container {id}"), move || cgroup.processes()).await?;
+        let execs = lock(&made.execs);
+        let running = |(exec_id, process): (&String, &Option<Arc<Process>>)| {
+            let process = process.as_ref().filter(|process| !process.has_exited())?;
+            Some((process.pid(), exec_id.clone()))
+        };
+        let mut exec_ids: HashMap<u32, String> = execs.iter().filter_map(running).collect();
+        Ok(pids.into_iter().map(|pid| (pid, exec_ids.remove(&pid).unwrap_or_default())).collect())
     }
 
     /// Kills every container, without waiting for their ends.
@@ -506,20 +530,6 @@ impl Container {
             Some(None) => Err(ContainerError::State(format!("{} is still being made", describe(&self.id, exec_id)))),
             None => Err(ContainerError::Absent(describe(&self.id, exec_id))),
         }
-    }
-}
-
-async fn tell_exit(
-    claim: oneshot::Receiver<Exit>,
-    tell: tokio::sync::watch::Sender<Option<Exit>>,
-    events: Arc<Events>,
-    id: String,
-    exec_id: String,
-) {
-    if let Ok(exit) = claim.await {
-        // Nobody may wait for it any more.
-        let _ = tell.send(Some(exit));
-        events.exited(&id, &exec_id, exit).await;
     }
 }
 

@@ -8,6 +8,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+mod ioctls {
+    nix::ioctl_read_bad!(bytes_to_read, nix::libc::FIONREAD, nix::libc::c_int);
+}
+
 /// Registers something with the event loop that owns a descriptor and keeps it for its whole life.
 pub(crate) fn watch<T: AsRawFd>(owner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
     // SAFETY: the owners here (OwnedFd, OomWatch) neither close nor exchange their descriptor before they are dropped.
@@ -41,6 +45,14 @@ impl Descriptor {
             Err(Errno::EIO) => Ok(0),
             result => Ok(result?),
         })
+    }
+
+    /// Bytes that wait to be read (FIONREAD, ioctl_fionread(2)).
+    pub(crate) fn waiting(&self) -> io::Result<u64> {
+        let mut bytes: nix::libc::c_int = 0;
+        // SAFETY: the kernel writes one int and keeps no pointer.
+        unsafe { ioctls::bytes_to_read(self.as_raw_fd(), &mut bytes) }?;
+        Ok(u64::try_from(bytes).unwrap_or(0))
     }
 
     /// Writes everything, waiting where there is no room.

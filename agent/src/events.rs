@@ -4,6 +4,7 @@ use husk_agent_api::agent::{Event, OutOfMemory, ProcessExit};
 use tokio::sync::{Mutex, MutexGuard, mpsc};
 
 use crate::reaper::Exit;
+use crate::stdio::Written;
 
 /// Events that may wait. When that many do, the tasks that watch processes wait too, and nothing is lost.
 const CAPACITY: usize = 1024;
@@ -22,13 +23,15 @@ impl Events {
     }
 
     /// Tells that a process ended; `exec_id` is empty for a container's first process.
-    pub(crate) async fn exited(&self, id: &str, exec_id: &str, exit: Exit) {
+    pub(crate) async fn exited(&self, id: &str, exec_id: &str, exit: Exit, written: Written) {
         let mut event = Event::new();
         event.set_exit(ProcessExit {
             id: id.to_owned(),
             exec_id: exec_id.to_owned(),
             status: exit.status,
             time_ns: exit.time_ns,
+            stdout_bytes: written.stdout,
+            stderr_bytes: written.stderr,
             ..Default::default()
         });
         self.push(event).await;
@@ -63,7 +66,7 @@ mod tests {
             let events = events.clone();
             async move {
                 for status in 0..CAPACITY as u32 * 2 {
-                    events.exited("c", "", Exit { status, time_ns: 1 }).await;
+                    events.exited("c", "", Exit { status, time_ns: 1 }, Written::default()).await;
                 }
             }
         });

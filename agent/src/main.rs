@@ -18,6 +18,7 @@ mod pod;
 mod process;
 mod reaper;
 mod rpc;
+mod session;
 mod shutdown;
 mod stats;
 mod stdio;

@@ -10,8 +10,9 @@ use async_trait::async_trait;
 use futures::stream;
 use husk_agent_api::agent::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecProcessRequest,
-    ExecProcessResponse, ListProcessesResponse, LoadProfileRequest, ProcessRequest, ResizeTerminalRequest,
-    SignalProcessRequest, StartPodRequest, StartPodResponse, StatsResponse, UpdateContainerRequest,
+    ExecProcessResponse, ListProcessesResponse, ListedProcess, LoadProfileRequest, ProcessRequest,
+    ResizeTerminalRequest, SignalProcessRequest, StartPodRequest, StartPodResponse, StatsPodResponse, StatsResponse,
+    UpdateContainerRequest,
 };
 use husk_agent_api::agent_ttrpc::{Agent, create_agent};
 use husk_cell::{CellError, CgroupError};
@@ -156,13 +157,20 @@ impl Agent for Service {
         self.containers.stats(&request.id).await.map(stats::response).map_err(container_status)
     }
 
+    async fn stats_pod(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<StatsPodResponse> {
+        let failed = |error| status(Code::INTERNAL, crate::context("Could not read the interfaces' counters", error));
+        let network = stats::network().map_err(failed)?;
+        Ok(StatsPodResponse { network, ..Default::default() })
+    }
+
     async fn list_processes(
         &self,
         _: &TtrpcContext,
         request: ContainerRequest,
     ) -> ttrpc::Result<ListProcessesResponse> {
-        let pids = self.containers.processes(&request.id).await.map_err(container_status)?;
-        Ok(ListProcessesResponse { pids, ..Default::default() })
+        let processes = self.containers.processes(&request.id).await.map_err(container_status)?;
+        let listed = |(pid, exec_id)| ListedProcess { pid, exec_id, ..Default::default() };
+        Ok(ListProcessesResponse { processes: processes.into_iter().map(listed).collect(), ..Default::default() })
     }
 
     async fn events(&self, _: &TtrpcContext, _: Empty, sender: ServerStreamSender<Event>) -> ttrpc::Result<()> {

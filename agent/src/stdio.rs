@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use husk_agent_api::agent::Stdio;
 use nix::errno::Errno;
@@ -91,27 +92,76 @@ pub(crate) async fn dial(dialler: &Dialler, stdio: &Stdio) -> Result<Connections
     Ok(Connections { stdin, stdout, stderr })
 }
 
+/// What is kept of a process's streams.
+#[derive(Default)]
+pub(crate) struct Attached {
+    /// Its terminal, if it has one.
+    pub terminal: Option<Terminal>,
+    /// Its pipes.
+    pub outputs: Outputs,
+}
+
 /// Starts the copying. `master` is the terminal's, if there is one.
-pub(crate) fn attach(
-    ends: Ends,
-    connections: Connections,
-    master: Option<OwnedFd>,
-) -> Result<Option<Terminal>, StdioError> {
+pub(crate) fn attach(ends: Ends, connections: Connections, master: Option<OwnedFd>) -> Result<Attached, StdioError> {
     let open = |end: OwnedFd| Descriptor::new(end).map_err(StdioError::Attach);
     if let Some(master) = master {
         let master = Arc::new(open(master)?);
         tokio::spawn(copy_terminal(master.clone(), connections.stdin, connections.stdout));
-        return Ok(Some(Terminal { master }));
+        return Ok(Attached { terminal: Some(Terminal { master }), outputs: Outputs::default() });
     }
     if let (Some(end), Some(connection)) = (ends.stdin, connections.stdin) {
         tokio::spawn(copy_input(open(end)?, connection));
     }
-    for (end, connection) in [(ends.stdout, connections.stdout), (ends.stderr, connections.stderr)] {
-        if let (Some(end), Some(connection)) = (end, connection) {
-            tokio::spawn(copy_output(open(end)?, connection));
-        }
+    let copy = |end: Option<OwnedFd>, connection: Option<Connection>| {
+        let (Some(end), Some(connection)) = (end, connection) else { return Ok(None) };
+        let output = Arc::new(Output { end: open(end)?, read: AtomicU64::new(0) });
+        tokio::spawn(copy_output(output.clone(), connection));
+        Ok(Some(output))
+    };
+    let stdout = copy(ends.stdout, connections.stdout)?;
+    let stderr = copy(ends.stderr, connections.stderr)?;
+    Ok(Attached { terminal: None, outputs: Outputs { stdout, stderr } })
+}
+
+/// A pipe that a process writes to.
+struct Output {
+    end: Descriptor,
+    /// Bytes read so far.
+    read: AtomicU64,
+}
+
+impl Output {
+    /// Bytes written so far.
+    fn written(&self) -> u64 {
+        // Nothing is read between the two: all copying is on this one thread.
+        let waiting = self.end.waiting().unwrap_or_else(|error| {
+            tracing::warn!("Could not tell how much output waits: {error}");
+            0
+        });
+        self.read.load(Ordering::Relaxed).saturating_add(waiting)
     }
-    Ok(None)
+}
+
+/// The pipes that a process writes to.
+#[derive(Default)]
+pub(crate) struct Outputs {
+    stdout: Option<Arc<Output>>,
+    stderr: Option<Arc<Output>>,
+}
+
+/// Bytes that were written to a process's pipes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Written {
+    pub stdout: u64,
+    pub stderr: u64,
+}
+
+impl Outputs {
+    /// What was written to them until now.
+    pub(crate) fn written(&self) -> Written {
+        let of = |output: &Option<Arc<Output>>| output.as_ref().map_or(0, |output| output.written());
+        Written { stdout: of(&self.stdout), stderr: of(&self.stderr) }
+    }
 }
 
 /// A process's terminal.
@@ -147,8 +197,8 @@ async fn copy_input(end: Descriptor, connection: Connection) {
     }
 }
 
-async fn copy_output(end: Descriptor, mut connection: Connection) {
-    to_shim(&end, Some(&mut connection)).await;
+async fn copy_output(output: Arc<Output>, mut connection: Connection) {
+    to_shim(&output.end, &output.read, Some(&mut connection)).await;
     // The shim may have closed it already.
     let _ = connection.shutdown().await;
 }
@@ -161,8 +211,9 @@ async fn copy_terminal(master: Arc<Descriptor>, stdin: Option<Connection>, mut s
         }
         std::future::pending::<()>().await;
     };
+    let read = AtomicU64::new(0);
     tokio::select! {
-        () = to_shim(&master, stdout.as_mut()) => {}
+        () = to_shim(&master, &read, stdout.as_mut()) => {}
         () = input => {}
     }
     if let Some(mut stdout) = stdout {
@@ -170,15 +221,16 @@ async fn copy_terminal(master: Arc<Descriptor>, stdin: Option<Connection>, mut s
     }
 }
 
-/// Copies from a pipe or terminal to the shim until its end. Where the shim takes no more, the rest is read and dropped, so that
+/// Copies from a pipe or terminal to the shim until its end, and counts in `read`. Where the shim takes no more, the rest is read and dropped, so that
 /// the process neither blocks nor dies of its log.
-async fn to_shim(from: &Descriptor, mut to: Option<&mut Connection>) {
+async fn to_shim(from: &Descriptor, read: &AtomicU64, mut to: Option<&mut Connection>) {
     while from.readable().await.is_ok() {
         let mut buffer = vec![0; BUFFER];
         loop {
             match from.try_read(&mut buffer) {
                 Ok(0) => return,
                 Ok(length) => {
+                    read.fetch_add(length as u64, Ordering::Relaxed);
                     if let Some(connection) = &mut to
                         && let Err(error) = connection.write_all(&buffer[..length]).await
                     {

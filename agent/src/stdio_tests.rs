@@ -18,11 +18,34 @@ fn pipe() -> (OwnedFd, OwnedFd) {
     nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap()
 }
 
+fn output(end: OwnedFd) -> Arc<Output> {
+    Arc::new(Output { end: Descriptor::new(end).unwrap(), read: AtomicU64::new(0) })
+}
+
+#[tokio::test]
+async fn what_was_written_is_counted_before_and_after_it_is_read() {
+    let (read, write) = pipe();
+    let (ours, mut theirs) = connection();
+    let output = output(read);
+    let outputs = Outputs { stdout: Some(output.clone()), stderr: None };
+    let mut write = fs::File::from(write);
+    write.write_all(&[1; 1000]).unwrap();
+    assert_eq!(outputs.written(), Written { stdout: 1000, stderr: 0 });
+    let copying = tokio::spawn(copy_output(output, ours));
+    let mut got = vec![0; 1000];
+    let got = tokio::task::spawn_blocking(move || theirs.read_exact(&mut got).map(|()| theirs)).await;
+    write.write_all(&[1; 234]).unwrap();
+    assert_eq!(outputs.written().stdout, 1234);
+    drop((write, got));
+    tokio::time::timeout(PATIENCE, copying).await.unwrap().unwrap();
+    assert_eq!(outputs.written().stdout, 1234);
+}
+
 #[tokio::test]
 async fn output_arrives_whole_and_ends() {
     let (read, write) = pipe();
     let (ours, mut theirs) = connection();
-    let copying = tokio::spawn(copy_output(Descriptor::new(read).unwrap(), ours));
+    let copying = tokio::spawn(copy_output(output(read), ours));
     let data: Vec<u8> = (0..3_000_000u32).map(|number| number as u8).collect();
     let writer = std::thread::spawn({
         let data = data.clone();
@@ -45,7 +68,7 @@ async fn output_goes_on_without_the_shim() {
     let (read, write) = pipe();
     let (ours, theirs) = connection();
     drop(theirs);
-    let copying = tokio::spawn(copy_output(Descriptor::new(read).unwrap(), ours));
+    let copying = tokio::spawn(copy_output(output(read), ours));
     let writer = std::thread::spawn(move || fs::File::from(write).write_all(&vec![1; 1_000_000]));
     tokio::time::timeout(PATIENCE, copying).await.unwrap().unwrap();
     assert!(writer.join().unwrap().is_ok());
@@ -98,7 +121,7 @@ async fn a_terminal_echoes_resizes_and_ends() {
     let (stdin, mut their_stdin) = connection();
     let (stdout, mut their_stdout) = connection();
     let connections = Connections { stdin: Some(stdin), stdout: Some(stdout), stderr: None };
-    let terminal = attach(Ends::default(), connections, Some(pty.master)).unwrap().unwrap();
+    let terminal = attach(Ends::default(), connections, Some(pty.master)).unwrap().terminal.unwrap();
     terminal.resize(100, 1 << 20).unwrap();
     their_stdin.write_all(b"x\n").unwrap();
     their_stdin.shutdown(std::net::Shutdown::Write).unwrap();

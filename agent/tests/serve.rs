@@ -431,8 +431,10 @@ async fn execs_have_lives_of_their_own() {
     assert_eq!(pod.exit_of("c", "one").await, 9);
 
     let _streams = pod.exec("c", "two", json!(["sleep", "1000"])).await.unwrap();
-    let pids = pod.client.list_processes(context(), &of("c")).await.unwrap().pids;
-    assert_eq!(pids.len(), 2, "{pids:?}");
+    let listed = pod.client.list_processes(context(), &of("c")).await.unwrap().processes;
+    let mut exec_ids: Vec<_> = listed.iter().map(|process| process.exec_id.as_str()).collect();
+    exec_ids.sort();
+    assert_eq!(exec_ids, ["", "two"], "{listed:?}");
     pod.signal("c", "two", 10, false).await.unwrap();
     assert_eq!(pod.exit_of("c", "two").await, 128 + 10);
     assert_eq!(code(pod.signal("c", "three", 10, false).await.unwrap_err()).0, Code::NOT_FOUND);
@@ -490,11 +492,17 @@ async fn limits_figures_and_oom() {
     let _streams = pod.create("c", "sleep 1; tail /dev/zero", |_| {}).await;
     let stats = pod.client.stats_container(context(), &of("c")).await.unwrap();
     assert_eq!((stats.memory_max, stats.pids_max), (64 << 20, 64));
-    let resources = serde_json::to_vec(&json!({"memory": {"limit": 32 << 20}})).unwrap();
+    let resources = json!({
+        "memory": {"limit": 32 << 20},
+        "cpu": {"quota": 70000, "period": 100000, "shares": 512, "cpus": "0", "mems": "0"},
+        "pids": {"limit": 32},
+        "unified": {"memory.high": "31457280"},
+    });
+    let resources = serde_json::to_vec(&resources).unwrap();
     let update = UpdateContainerRequest { id: "c".into(), resources, ..Default::default() };
     pod.client.update_container(context(), &update).await.unwrap();
     let stats = pod.client.stats_container(context(), &of("c")).await.unwrap();
-    assert_eq!((stats.memory_max, stats.pids_max), (32 << 20, 64));
+    assert_eq!((stats.memory_max, stats.pids_max), (32 << 20, 32));
     pod.start_container("c").await.unwrap();
     let event = pod.event().await;
     assert!(event.has_oom() && event.oom().id == "c", "{event:?}");

@@ -1,6 +1,8 @@
 //! The pod's cgroup on the host, v1, v2 or hybrid (cgroups(7)): made directly as directories, joined by the shim so that all of
 //! the pod's host processes are born in it. No limits are set: the cluster's are on the parent, the pod's own cgroup.
 
+mod stats;
+
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek};

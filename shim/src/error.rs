@@ -91,6 +91,9 @@ pub(crate) enum Error {
     /// The pod's cgroup.
     #[error("cannot keep the pod to the CPUs and memory nodes that its containers name")]
     Cgroup(#[from] CgroupError),
+    /// What the pod takes of the host.
+    #[error("cannot read what the pod takes of the host")]
+    Figures(#[source] CgroupError),
     /// A limit that the machine can't follow.
     #[error(
         "the new limit of {wanted} is more than the pod's virtual machine has ({has}), which does not grow: start the pod anew with it"
@@ -120,7 +123,7 @@ impl Error {
             Self::Profile(ProfileError::Peer(error)) => error.code(),
             Self::Profile(ProfileError::Read { .. } | ProfileError::Cut(_)) => Code::INTERNAL,
             Self::Profile(_) => Code::INVALID_ARGUMENT,
-            Self::Stdio(_) | Self::Storage(_) | Self::Cgroup(_) | Self::Cut(_) => Code::INTERNAL,
+            Self::Stdio(_) | Self::Storage(_) | Self::Cgroup(_) | Self::Figures(_) | Self::Cut(_) => Code::INTERNAL,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Containers and their processes as containerd sees them: states, exits, streams.
 
+mod delivery;
 pub(crate) mod exec;
 mod logger;
 pub(crate) mod process;

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::{Mutex, watch};
 
-use super::stdio::{Paths, Streams};
+use super::stdio::{Paths, Streams, Written};
 use crate::error::Error;
 
 /// How a process ended.
@@ -67,6 +67,24 @@ impl State {
     }
 }
 
+/// Longest wait for a process's start to be told before its end is.
+const START_LIMIT: Duration = Duration::from_secs(2);
+
+/// Longest time in which containerd takes nothing of a process's output before its end is told nevertheless.
+const OUTPUT_STALL: Duration = Duration::from_secs(2);
+
+/// Longest wait for a process's output before its end is told, however slowly it is taken.
+const OUTPUT_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the guest has said of a process's end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ending {
+    /// How.
+    pub(crate) exit: Exit,
+    /// Its output until then.
+    pub(crate) written: Written,
+}
+
 /// One process.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -79,6 +97,7 @@ pub(crate) struct Process {
     /// Its streams, once they are connected.
     pub(crate) streams: Mutex<Option<Streams>>,
     size: std::sync::Mutex<Option<(u32, u32)>>,
+    ending: std::sync::Mutex<Option<Ending>>,
     state: watch::Sender<State>,
 }
 
@@ -91,6 +110,7 @@ impl Process {
             spec,
             streams: Mutex::new(None),
             size: std::sync::Mutex::new(None),
+            ending: std::sync::Mutex::new(None),
             state: watch::Sender::new(State::Created),
         }
     }
@@ -168,15 +188,33 @@ impl Process {
         is_told_now
     }
 
-    /// Waits, after the process has ended, until its start is told and its output is with containerd, but not longer than `limit` for
-    /// either: what it has left running may hold its output open.
-    pub(crate) async fn settle(&self, limit: Duration) {
+    /// Keeps what the guest says of its end, which is told to containerd later; false if it has said it before.
+    pub(crate) fn set_ending(&self, ending: Ending) -> bool {
+        let mut kept = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = kept.is_none();
+        kept.get_or_insert(ending);
+        is_first
+    }
+
+    /// What the guest has said of its end.
+    pub(crate) fn ending(&self) -> Option<Ending> {
+        *self.ending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its output that is to be with containerd before its end is told. A terminal ends with its process, whoever else has it.
+    pub(crate) fn written(&self) -> Written {
+        self.ending().filter(|_| !self.stdio.terminal).map_or(Written::ALL, |ending| ending.written)
+    }
+
+    /// Waits, after the process has ended, until its start is told and its output is with containerd. What it has left running may hold its
+    /// output open, and containerd may have stopped reading: neither is waited for.
+    pub(crate) async fn settle(&self) {
         let mut state = self.state.subscribe();
         let started = state.wait_for(|state| !matches!(state, State::Starting(_)));
-        let _ = tokio::time::timeout(limit, started).await;
-        let delivered = self.streams.lock().await.as_ref().map(Streams::delivered);
-        if let Some(delivered) = delivered {
-            let _ = tokio::time::timeout(limit, delivered.wait()).await;
+        let _ = tokio::time::timeout(START_LIMIT, started).await;
+        let deliveries = self.streams.lock().await.as_ref().map(Streams::deliveries);
+        if let Some(deliveries) = deliveries {
+            let _ = tokio::time::timeout(OUTPUT_LIMIT, deliveries.wait(self.written(), OUTPUT_STALL)).await;
         }
     }
 

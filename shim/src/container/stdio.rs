@@ -6,19 +6,18 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use husk_agent_api::agent::Stdio;
-use rustix::fs::inotify;
 use thiserror::Error;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{debug, warn};
 
+use super::delivery::{Delivery, Progress};
 use super::logger::Logger;
 use crate::peer::PeerError;
 use crate::peer::dial::{Dial, Expected};
@@ -32,8 +31,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Longest wait for containerd to open its end of an output FIFO.
 const READER_LIMIT: Duration = Duration::from_secs(10);
 
-/// Longest wait for the rest of a process's output after its end.
-const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// Longest time in which containerd takes nothing of a deleted process's output.
+const DRAIN_STALL: Duration = Duration::from_secs(2);
 
 /// Where containerd wants a process's streams; empty is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -165,17 +164,16 @@ impl Pending {
 
     /// Joins both ends, after the agent has made its connections.
     pub(crate) async fn join(self) -> Result<Streams, StdioError> {
-        let mut outputs = JoinSet::new();
-        let (copying, delivered) = watch::channel(());
-        let copying = Arc::new(copying);
-        for (stream, pending) in [("stdout", self.stdout), ("stderr", self.stderr)] {
+        let mut copies = JoinSet::new();
+        let mut deliveries = Deliveries::default();
+        for (stream, pending, delivery) in
+            [("stdout", self.stdout, &mut deliveries.stdout), ("stderr", self.stderr, &mut deliveries.stderr)]
+        {
             if let Some((expected, output)) = pending {
                 let guest = expected.stream(stream, CONNECT_LIMIT).await?;
-                let copying = Arc::clone(&copying);
-                outputs.spawn(async move {
-                    copy_output(stream, guest, output).await;
-                    drop(copying);
-                });
+                let (progress, seen) = watch::channel(Progress::default());
+                *delivery = Some(Delivery::new(seen, output.fifo.clone()));
+                copies.spawn(copy_output(stream, guest, output.writer, progress));
             }
         }
         let stdin = match self.stdin {
@@ -185,18 +183,51 @@ impl Pending {
             }
             None => None,
         };
-        Ok(Streams { outputs, delivered, stdin, logger: self.logger })
+        Ok(Streams { copies, deliveries, stdin, logger: self.logger })
     }
 }
 
 /// The joined streams of a process.
 #[derive(Debug)]
 pub(crate) struct Streams {
-    outputs: JoinSet<()>,
-    /// Its senders are gone when all output is with containerd.
-    delivered: watch::Receiver<()>,
+    /// Of its outputs.
+    copies: JoinSet<()>,
+    deliveries: Deliveries,
     stdin: Option<Input>,
     logger: Option<Logger>,
+}
+
+/// How far a process's outputs are.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Deliveries {
+    stdout: Option<Delivery>,
+    stderr: Option<Delivery>,
+}
+
+/// Bytes of a process's outputs: those that were written up to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// On stdout.
+    pub(crate) stdout: u64,
+    /// On stderr.
+    pub(crate) stderr: u64,
+}
+
+impl Written {
+    /// To the outputs' own end, which is there once the last writer is gone.
+    pub(crate) const ALL: Self = Self { stdout: u64::MAX, stderr: u64::MAX };
+}
+
+impl Deliveries {
+    /// Waits until that much is with containerd, or all there is; false if before that containerd takes nothing for as long as `stall`.
+    pub(super) async fn wait(self, written: Written, stall: Duration) -> bool {
+        let wait = async |delivery: Option<Delivery>, bytes| match delivery {
+            Some(delivery) => delivery.wait(bytes, stall).await,
+            None => true,
+        };
+        let (stdout, stderr) = tokio::join!(wait(self.stdout, written.stdout), wait(self.stderr, written.stderr));
+        stdout && stderr
+    }
 }
 
 /// The joined stdin. The shim keeps a writer of the FIFO itself, so that clients may come, go and come back (`attach`, containerd's
@@ -215,31 +246,21 @@ impl Streams {
         }
     }
 
-    /// What to wait for until all output is with containerd.
-    pub(super) fn delivered(&self) -> Delivered {
-        Delivered(self.delivered.clone())
+    /// How far the outputs are.
+    pub(super) fn deliveries(&self) -> Deliveries {
+        self.deliveries.clone()
     }
 
-    /// Waits until all output is with containerd, then closes everything.
-    pub(crate) async fn drain(mut self, id: &str) {
-        let drained = async { while self.outputs.join_next().await.is_some() {} };
-        if tokio::time::timeout(DRAIN_LIMIT, drained).await.is_err() {
-            warn!("output of {id} is not taken {DRAIN_LIMIT:?} after its end; the rest is dropped");
+    /// Waits until that much of the output is with containerd, then closes everything.
+    pub(crate) async fn drain(mut self, id: &str, written: Written) {
+        if !self.deliveries().wait(written, DRAIN_STALL).await {
+            warn!("output of {id} is not taken for {DRAIN_STALL:?} after its end; the rest is dropped");
         }
-        self.outputs.abort_all();
+        // What it has left running may go on writing.
+        self.copies.shutdown().await;
         if let Some(logger) = self.logger.take() {
             logger.finish();
         }
-    }
-}
-
-/// The end of a process's output.
-pub(super) struct Delivered(watch::Receiver<()>);
-
-impl Delivered {
-    /// Waits for it.
-    pub(super) async fn wait(mut self) {
-        while self.0.changed().await.is_ok() {}
     }
 }
 
@@ -281,10 +302,15 @@ async fn open_output(stream: &'static str, target: Option<Target>) -> Result<Opt
     }
 }
 
-/// Opens a log file to append to.
+/// Opens a log file to append to, in a folder that may have to be made.
 async fn open_file(stream: &'static str, path: &Path) -> Result<Output, StdioError> {
-    let file = tokio::fs::OpenOptions::new().append(true).create(true).open(path).await;
-    file.map(Output::of).map_err(|source| StdioError::Open { stream, path: path.to_owned(), source })
+    let opening = async {
+        if let Some(parent) = path.parent() {
+            tokio::fs::create_dir_all(parent).await?;
+        }
+        tokio::fs::OpenOptions::new().append(true).create(true).open(path).await
+    };
+    opening.await.map(Output::of).map_err(|source| StdioError::Open { stream, path: path.to_owned(), source })
 }
 
 impl Output {
@@ -314,51 +340,42 @@ async fn await_reader(path: &Path) -> io::Result<std::fs::File> {
 }
 
 /// Guest to containerd, to the end.
-async fn copy_output(stream: &'static str, guest: UnixStream, mut output: Output) {
-    if let Err(error) = copy(guest, &mut output.writer).await {
+async fn copy_output(
+    stream: &'static str,
+    guest: UnixStream,
+    mut to: Box<dyn AsyncWrite + Send + Unpin>,
+    progress: watch::Sender<Progress>,
+) {
+    let mut guest = BufReader::with_capacity(CHUNK, guest);
+    let copying = async {
+        loop {
+            let chunk = guest.fill_buf().await?;
+            if chunk.is_empty() {
+                return io::Result::Ok(());
+            }
+            // Each part that a slow reader lets in is progress.
+            let length = to.write(chunk).await?;
+            if length == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            to.flush().await?;
+            guest.consume(length);
+            progress.send_modify(|progress| progress.bytes += length as u64);
+        }
+    };
+    if let Err(error) = copying.await {
         debug!("the copying of {stream} ended: {error}");
     }
-    if let Err(error) = output.writer.flush().await {
-        warn!("cannot write the end of {stream}: {error}");
-    }
-    if let Some(fifo) = &output.fifo
-        && let Err(error) = taken(fifo).await
-    {
-        debug!("cannot tell whether the end of {stream} was read: {error}");
-    }
-}
-
-/// Waits until all that is in a FIFO was read. containerd closes its end soon after it knows of the process's end, whatever is still in
-/// there (seen with 1.6), so the end is told after this. Each read is an event of inotify(7).
-async fn taken(fifo: &Path) -> io::Result<()> {
-    let pipe = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(fifo)?;
-    if rustix::io::ioctl_fionread(&pipe)? == 0 {
-        return Ok(());
-    }
-    let reads = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
-    let reads = crate::watch::readable(reads)?;
-    inotify::add_watch(&reads, fifo, inotify::WatchFlags::ACCESS)?;
-    while rustix::io::ioctl_fionread(&pipe)? > 0 {
-        let mut ready = reads.readable().await?;
-        // What was read is told by the pipe; the events only wake.
-        let _ = ready.try_io(|reads| Ok(rustix::io::read(reads, &mut [0u8; 1024])?));
-    }
-    Ok(())
 }
 
 /// containerd to guest, to the end, which is passed on.
 async fn copy_input(fifo: pipe::Receiver, mut guest: UnixStream) {
-    if let Err(error) = copy(fifo, &mut guest).await {
+    if let Err(error) = tokio::io::copy_buf(&mut BufReader::with_capacity(CHUNK, fifo), &mut guest).await {
         debug!("the copying of stdin ended: {error}");
     }
     let _ = guest.shutdown().await;
     // The socket is kept until the agent has closed its end, or the process's streams are closed.
     let _ = guest.readable().await;
-}
-
-/// Copies to the end of `from`; nothing more is read than `to` takes.
-async fn copy(from: impl AsyncRead + Unpin, to: &mut (impl AsyncWrite + Unpin + ?Sized)) -> io::Result<u64> {
-    tokio::io::copy_buf(&mut BufReader::with_capacity(CHUNK, from), to).await
 }
 
 #[cfg(test)]

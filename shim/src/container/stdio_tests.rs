@@ -81,7 +81,7 @@ async fn output_arrives_whole_and_ends() {
     let text = vec![b'x'; 3 << 20];
     guest_out.write_all(&text).await.unwrap();
     drop((guest_out, guest_err));
-    streams.drain("c").await;
+    streams.drain("c", Written::ALL).await;
     assert_eq!(out.await.unwrap().len(), text.len());
     assert!(err.await.unwrap().is_empty());
 }
@@ -100,7 +100,7 @@ async fn a_reader_that_waits_already_sees_no_end_before_the_output() {
         let streams = pending.join().await.unwrap();
         guest.write_all(b"all of it").await.unwrap();
         drop(guest);
-        streams.drain("c").await;
+        streams.drain("c", Written::ALL).await;
         assert_eq!(read.await.unwrap(), b"all of it");
     }
 }
@@ -118,7 +118,7 @@ async fn a_reader_that_comes_back_finds_what_was_written_meanwhile() {
     guest.write_all(b"while containerd restarts").await.unwrap();
     let again = read_all(fifos.reader("out"));
     drop(guest);
-    streams.drain("c").await;
+    streams.drain("c", Written::ALL).await;
     assert_eq!(again.await.unwrap(), b"while containerd restarts");
 }
 
@@ -165,20 +165,36 @@ async fn files_and_loggers_take_output_too() {
     let mut streams = pending.join().await.unwrap();
     guest.write_all(b"logged\n").await.unwrap();
     drop((guest, _stderr));
-    while streams.outputs.join_next().await.is_some() {}
+    while streams.copies.join_next().await.is_some() {}
     let mut logger = streams.logger.take().unwrap();
     logger.wait().await;
     assert_eq!(std::fs::read_to_string(&taken).unwrap(), "logged\nc key value\n");
 
-    let file = fifos.path("file.log");
+    let file = fifos.path("new/folder/file.log");
     let paths = Paths { stdout: format!("file://{file}"), ..Paths::default() };
     let pending = Pending::open(&paths, &dial, "ns", "c").await.unwrap();
     let mut guest = dial_from_guest(&vmm, pending.request(None).stdout_port);
     let streams = pending.join().await.unwrap();
     guest.write_all(b"line\n").await.unwrap();
     drop(guest);
-    streams.drain("c").await;
+    streams.drain("c", Written::ALL).await;
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "line\n");
+}
+
+#[tokio::test]
+async fn an_end_does_not_wait_for_what_was_left_running() {
+    let fifos = Fifos::new("daemon");
+    let (dial, vmm) = Dial::new().unwrap();
+    let reader = fifos.reader("out");
+    let paths = Paths { stdout: fifos.path("out"), ..Paths::default() };
+    let pending = Pending::open(&paths, &dial, "ns", "c").await.unwrap();
+    // It stays open: something in the guest still has the pipe.
+    let mut guest = dial_from_guest(&vmm, pending.request(None).stdout_port);
+    let streams = pending.join().await.unwrap();
+    let reader = read_all(reader);
+    guest.write_all(b"all of it").await.unwrap();
+    tokio::time::timeout(DRAIN_STALL, streams.drain("c", Written { stdout: 9, stderr: 0 })).await.unwrap();
+    assert_eq!(reader.await.unwrap(), b"all of it");
 }
 
 #[test]
@@ -189,24 +205,4 @@ fn targets_are_read_as_containerd_writes_them() {
     assert_eq!(Target::parse("file:///a").unwrap(), Some(Target::File("/a".into())));
     assert_eq!(Target::parse("binary:///a?b=c").unwrap(), Some(Target::Binary("/a?b=c".to_owned())));
     assert!(matches!(Target::parse("http://x"), Err(StdioError::Scheme(_))));
-}
-
-#[tokio::test]
-async fn the_end_waits_until_the_reader_has_it() {
-    let fifos = Fifos::new("taken");
-    let path = fifos.0.join("out");
-    let mut reader = fifos.reader("out");
-    let mut writer = OpenOptions::new().write(true).open(&path).unwrap();
-    taken(&path).await.unwrap();
-    writer.write_all(&[7; 10_000]).unwrap();
-    let waiting = tokio::spawn({
-        let path = path.clone();
-        async move { taken(&path).await }
-    });
-    let mut part = [0; 5_000];
-    reader.read_exact(&mut part).unwrap();
-    tokio::time::timeout(Duration::from_millis(50), taken(&path)).await.unwrap_err();
-    assert!(!waiting.is_finished());
-    reader.read_exact(&mut part).unwrap();
-    tokio::time::timeout(Duration::from_secs(10), waiting).await.unwrap().unwrap().unwrap();
 }

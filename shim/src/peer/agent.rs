@@ -8,9 +8,9 @@ use containerd_shim_protos::ttrpc::r#async::{Client, ClientStreamReceiver};
 use containerd_shim_protos::ttrpc::asynchronous::transport::Socket;
 use containerd_shim_protos::ttrpc::context::{self, Context};
 use husk_agent_api::agent::{
-    ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest, LoadProfileRequest, ProcessRequest,
-    ResizeTerminalRequest, SignalProcessRequest, StartPodRequest, StartPodResponse, StatsResponse,
-    UpdateContainerRequest,
+    ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest, ListedProcess, LoadProfileRequest,
+    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, StartPodRequest, StartPodResponse, StatsPodResponse,
+    StatsResponse, UpdateContainerRequest,
 };
 use husk_agent_api::agent_ttrpc::AgentClient;
 use husk_agent_api::hello::{self, Hello};
@@ -116,6 +116,19 @@ impl Agent {
     pub(crate) async fn stats(&self, id: &str) -> Result<StatsResponse, PeerError> {
         let request = container(id);
         call("measure the container", LIMIT, |context| self.0.stats_container(context, &request)).await
+    }
+
+    /// The figures of the pod as a whole.
+    pub(crate) async fn stats_pod(&self) -> Result<StatsPodResponse, PeerError> {
+        let empty = Empty::new();
+        call("measure the pod", LIMIT, |context| self.0.stats_pod(context, &empty)).await
+    }
+
+    /// A container's processes.
+    pub(crate) async fn processes(&self, id: &str) -> Result<Vec<ListedProcess>, PeerError> {
+        let request = container(id);
+        let listed = call("list the processes", LIMIT, |context| self.0.list_processes(context, &request)).await?;
+        Ok(listed.processes)
     }
 
     /// Exits and OOM kills, until the connection ends.

@@ -16,7 +16,7 @@ use super::machine::{Machine, unmount_below};
 use crate::apparmor;
 use crate::container::Container;
 use crate::container::process::Process;
-use crate::container::stdio::Pending;
+use crate::container::stdio::{Pending, Written};
 use crate::error::{Error, chain};
 use crate::peer::PeerError;
 use crate::spec::SpecError;
@@ -154,7 +154,8 @@ impl Pod {
             }
         }
         for process in container.processes() {
-            drain(&process, &container.id).await;
+            // All who could write are gone.
+            drain(&process, &container.id, Written::ALL).await;
         }
         if let Some(machine) = machine {
             machine.detach_disks(&container.id).await;
@@ -166,7 +167,7 @@ impl Pod {
 
     /// Forgets an ended exec process.
     pub(super) async fn delete_exec(&self, container: &Container, process: &Arc<Process>) {
-        drain(process, &process.exec_id).await;
+        drain(process, &process.exec_id, process.written()).await;
         if let Ok(machine) = self.running("forget a process") {
             ignore_absent(machine.agent.delete_process(&container.id, &process.exec_id).await);
         }
@@ -181,12 +182,12 @@ fn release_cpus(machine: &Machine, id: &str) {
     }
 }
 
-/// Waits until containerd has all of a process's output.
-async fn drain(process: &Process, id: &str) {
+/// Waits until containerd has that much of a process's output, and closes its streams.
+async fn drain(process: &Process, id: &str, written: Written) {
     // The lock is not held while waiting: CloseIO may come meanwhile.
     let streams = process.streams.lock().await.take();
     if let Some(streams) = streams {
-        streams.drain(id).await;
+        streams.drain(id, written).await;
     }
 }
 

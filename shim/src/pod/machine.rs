@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use husk_agent_api::agent::StatsResponse;
 use tokio::sync::watch;
 use tracing::warn;
 
@@ -13,7 +14,7 @@ use super::disks::Disks;
 use super::state::{Directory, Record};
 use crate::apparmor::Given;
 use crate::cgroup::PodCgroup;
-use crate::error::chain;
+use crate::error::{Error, chain};
 use crate::network;
 use crate::network::forward::Forwarder;
 use crate::peer::agent::Agent;
@@ -157,6 +158,12 @@ impl Machine {
     /// The share directory.
     pub(crate) fn shared(&self) -> PathBuf {
         self.directory.shared()
+    }
+
+    /// What its processes on the host take, by its cgroup there; all zero if it has none.
+    pub(crate) async fn cgroup_stats(&self) -> Result<StatsResponse, Error> {
+        let Some(cgroup) = self.cgroup.clone() else { return Ok(StatsResponse::default()) };
+        tokio::task::spawn_blocking(move || cgroup.stats()).await?.map_err(Error::Figures)
     }
 
     /// Why it no longer runs; nothing while it does.

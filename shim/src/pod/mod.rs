@@ -19,7 +19,6 @@ use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageField;
-use husk_agent_api::agent::StatsResponse;
 use oci_spec::runtime::LinuxResources;
 use tokio::sync::watch;
 use tracing::{debug, warn};
@@ -27,6 +26,7 @@ use tracing::{debug, warn};
 use crate::apparmor;
 use crate::config::Config;
 use crate::container::process::{Exit, Process, State};
+use crate::container::stats::Figures;
 use crate::container::stdio::Paths;
 use crate::container::{Container, Kind, exec};
 use crate::error::{Error, chain};
@@ -290,7 +290,7 @@ impl Pod {
             State::Created => {
                 let exit = Exit::killed();
                 if process.end(exit) && exec_id.is_empty() && container.kind == Kind::Guest {
-                    debug!("container {id} is deleted before it was started");
+                    self.tell_exit(&container, &process, exit).await;
                 }
                 exit
             }
@@ -373,13 +373,39 @@ impl Pod {
         Ok(machine.agent.update(id, serde_json::to_vec(&resources).map_err(message)?).await?)
     }
 
-    /// A container's figures. A sandbox's, and those of a container that has ended, are zero.
-    pub(crate) async fn stats(&self, id: &str) -> Result<StatsResponse, Error> {
+    /// A container's figures; those of one that has ended are zero. A sandbox's are what its pod costs on the host.
+    pub(crate) async fn stats(&self, id: &str) -> Result<Figures, Error> {
         let Seen { container, process } = self.find(id, "")?;
-        if container.kind == Kind::Sandbox || process.exit().is_some() {
-            return Ok(StatsResponse::default());
+        if process.exit().is_some() {
+            return Ok(Figures::default());
         }
-        Ok(self.running("measure a container")?.agent.stats(id).await?)
+        let machine = self.running("measure a container")?;
+        match container.kind {
+            Kind::Sandbox => {
+                let (cgroup, pod) = tokio::join!(machine.cgroup_stats(), machine.agent.stats_pod());
+                Ok(Figures { cgroup: cgroup?, pod: pod? })
+            }
+            Kind::Guest if *container.id == *self.around.id => {
+                let (cgroup, pod) = tokio::join!(machine.agent.stats(id), machine.agent.stats_pod());
+                Ok(Figures { cgroup: cgroup?, pod: pod? })
+            }
+            Kind::Guest => Ok(Figures { cgroup: machine.agent.stats(id).await?, ..Figures::default() }),
+        }
+    }
+
+    /// A container's processes by their numbers in the guest, each with its exec id if it is an exec's own. A sandbox's only one is the VMM,
+    /// on the host.
+    pub(crate) async fn processes(&self, id: &str) -> Result<Vec<(u32, String)>, Error> {
+        let Seen { container, process } = self.find(id, "")?;
+        if process.exit().is_some() {
+            return Ok(Vec::new());
+        }
+        let machine = self.running("list processes")?;
+        if container.kind == Kind::Sandbox {
+            return Ok(vec![(machine.pid, String::new())]);
+        }
+        let listed = machine.agent.processes(id).await?;
+        Ok(listed.into_iter().map(|process| (process.pid, process.exec_id)).collect())
     }
 
     /// A container of the guest with the machine, for a request that needs both.

@@ -12,16 +12,14 @@ use tracing::{debug, error, info, warn};
 use super::machine::{Held, Machine};
 use super::{Pod, Slot};
 use crate::container::Kind;
-use crate::container::process::{Exit, Process, State};
+use crate::container::process::{Ending, Exit, Process, State};
+use crate::container::stdio::Written;
 use crate::error::chain;
 use crate::peer::agent::Events;
 use crate::peer::fs;
 
 /// Longest wait for the agent's own shutdown, and again for the VMM's end after it; containerd gives Shutdown 3 s in all.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
-
-/// Longest wait for a process's last output before its end is told.
-const OUTPUT_LIMIT: Duration = Duration::from_secs(2);
 
 /// Longest wait for events that the agent sent before the end.
 const LAST_EVENTS_LIMIT: Duration = Duration::from_secs(1);
@@ -80,21 +78,26 @@ impl Pod {
         }
     }
 
-    /// Notes and tells the end of every process of a kind of containers.
+    /// Notes and tells the end of every process of a kind of containers, each after its last output. What the guest has said of an end holds.
     async fn end_containers(&self, kind: Kind, exit: Exit) {
-        for container in self.all().into_iter().filter(|container| container.kind == kind) {
-            for process in container.processes() {
+        let containers = self.all().into_iter().filter(|container| container.kind == kind);
+        let ends = containers.map(async |container| {
+            let processes = container.processes();
+            futures::future::join_all(processes.iter().map(|process| process.settle())).await;
+            for process in processes {
+                let exit = process.ending().map_or(exit, |ending| ending.exit);
                 if process.end(exit) {
                     self.tell_exit(&container, &process, exit).await;
                 }
             }
-        }
+        });
+        futures::future::join_all(ends).await;
     }
 
     /// One event of the agent's. It is the guest's word: what it names must be there, and each end is told once.
     async fn pass_on(self: &Arc<Self>, event: Event) {
         match event.kind {
-            Some(EventKind::Exit(ProcessExit { id, exec_id, status, .. })) => {
+            Some(EventKind::Exit(ProcessExit { id, exec_id, status, stdout_bytes, stderr_bytes, .. })) => {
                 let Ok(seen) = self.find(&id, &exec_id) else {
                     debug!("a process that containerd has not asked for ended: {id:?} {exec_id:?}");
                     return;
@@ -104,10 +107,14 @@ impl Pod {
                 }
                 // The time is the host's: the guest's clock is the guest's.
                 let exit = Exit::now(status & 0xff);
+                let written = Written { stdout: stdout_bytes, stderr: stderr_bytes };
+                if !seen.process.set_ending(Ending { exit, written }) {
+                    return;
+                }
                 let pod = Arc::clone(self);
                 // Others' ends don't wait for this one's output.
                 tokio::spawn(async move {
-                    seen.process.settle(OUTPUT_LIMIT).await;
+                    seen.process.settle().await;
                     if seen.process.end(exit) {
                         pod.tell_exit(&seen.container, &seen.process, exit).await;
                     }

@@ -11,7 +11,9 @@ use containerd_shim_protos::api::{
     ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
     StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
-use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{self, Message, MessageField};
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::r#async::{Service, TtrpcContext};
@@ -148,13 +150,16 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        self.pod.find(&request.id, "")?;
-        let process = ProcessInfo { pid: self.pod.pid(), ..Default::default() };
-        Ok(PidsResponse { processes: vec![process], ..Default::default() })
+        let processes = self.pod.processes(&request.id).await?;
+        let packed = processes.into_iter().map(|(pid, exec_id)| process_info(pid, exec_id)).collect::<Result<_, _>>();
+        let processes = packed.map_err(|error| internal("cannot pack a process", &error))?;
+        Ok(PidsResponse { processes, ..Default::default() })
     }
 
-    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid: self.pod.pid(), ..Default::default() })
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        // As for containerd's own shims: a container that is not there has no process.
+        let task_pid = if self.pod.find(&request.id, "").is_ok() { self.pod.pid() } else { 0 };
+        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..Default::default() })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
@@ -181,9 +186,7 @@ impl Task for TaskService {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let figures = self.pod.stats(&request.id).await?;
-        let packed = stats::pack(&figures).map_err(|error| {
-            ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, format!("cannot pack stats: {error}"))
-        })?;
+        let packed = stats::pack(&figures).map_err(|error| internal("cannot pack stats", &error))?;
         Ok(StatsResponse { stats: MessageField::some(packed), ..Default::default() })
     }
 
@@ -197,4 +200,19 @@ impl Task for TaskService {
         .await?;
         Ok(Empty::new())
     }
+}
+
+/// A process as Pids tells it: an exec's own with its exec id, as containerd's shims have it.
+fn process_info(pid: u32, exec_id: String) -> Result<ProcessInfo, protobuf::Error> {
+    let mut info = ProcessInfo { pid, ..Default::default() };
+    if !exec_id.is_empty() {
+        let value = ProcessDetails { exec_id, ..Default::default() }.write_to_bytes()?;
+        let type_url = "containerd.runc.v1.ProcessDetails".to_owned();
+        info.info = MessageField::some(Any { type_url, value, ..Default::default() });
+    }
+    Ok(info)
+}
+
+fn internal(what: &str, error: &protobuf::Error) -> ttrpc::Error {
+    ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, format!("{what}: {error}"))
 }

@@ -20,7 +20,7 @@ use nix::{
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxResources};
 
 use crate::CgroupError;
-pub use stats::{IoStat, Stats};
+pub use stats::{HugetlbStat, IoStat, Stats};
 
 /// Where the guest's cgroup2 hierarchy is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";

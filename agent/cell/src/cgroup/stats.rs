@@ -1,6 +1,6 @@
 //! A cgroup's figures, as StatsResponse of agent.proto names them.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use nix::errno::Errno;
 
@@ -43,6 +43,29 @@ pub struct Stats {
     pub memory_events: BTreeMap<String, u64>,
     /// io.stat, a device each
     pub io: Vec<IoStat>,
+    /// cpu.stat nr_bursts
+    pub cpu_nr_bursts: u64,
+    /// cpu.stat burst_usec
+    pub cpu_burst_us: u64,
+    /// memory.peak, bytes
+    pub memory_peak: u64,
+    /// memory.swap.peak, bytes
+    pub swap_peak: u64,
+    /// hugetlb.*, a page size each
+    pub hugetlb: Vec<HugetlbStat>,
+}
+
+/// The hugetlb files of a page size.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct HugetlbStat {
+    /// As in the files' names: 2MB.
+    pub page_size: String,
+    /// hugetlb.SIZE.current, bytes
+    pub current: u64,
+    /// hugetlb.SIZE.max, bytes; u64::MAX: no limit
+    pub max: u64,
+    /// hugetlb.SIZE.events max
+    pub failures: u64,
 }
 
 /// A line of io.stat.
@@ -87,7 +110,31 @@ pub(super) fn read(directory: &Path) -> Result<Stats, CgroupError> {
         memory_stat: flat_keyed(&file("memory.stat")?),
         memory_events: flat_keyed(&file("memory.events")?),
         io: io_stat(&file("io.stat")?),
+        cpu_nr_bursts: of_cpu("nr_bursts"),
+        cpu_burst_us: of_cpu("burst_usec"),
+        memory_peak: number(&file("memory.peak")?, 0),
+        swap_peak: number(&file("memory.swap.peak")?, 0),
+        hugetlb: hugetlb(directory)?,
     })
+}
+
+/// Every page size that this kernel counts.
+fn hugetlb(directory: &Path) -> Result<Vec<HugetlbStat>, CgroupError> {
+    let mut stats = Vec::new();
+    for entry in fs::read_dir(directory).map_err(files::error("list", directory))? {
+        let name = entry.map_err(files::error("list", directory))?.file_name();
+        let size = name.to_str().and_then(|name| name.strip_prefix("hugetlb.")?.strip_suffix(".current"));
+        // hugetlb.SIZE.rsvd.current counts reservations.
+        let Some(size) = size.filter(|size| !size.contains('.')) else { continue };
+        stats.push(HugetlbStat {
+            page_size: size.to_owned(),
+            current: number(&files::read(directory, &format!("hugetlb.{size}.current"))?, 0),
+            max: number(&files::read(directory, &format!("hugetlb.{size}.max"))?, u64::MAX),
+            failures: lookup(&files::read(directory, &format!("hugetlb.{size}.events"))?, "max").unwrap_or(0),
+        });
+    }
+    stats.sort_by(|a, b| a.page_size.cmp(&b.page_size));
+    Ok(stats)
 }
 
 /// A file's only number; "max" and an absent one are `no_limit`.
@@ -134,6 +181,20 @@ fn io_stat(text: &str) -> Vec<IoStat> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn huge_pages() {
+        let directory = std::env::temp_dir().join(format!("husk-hugetlb-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        let files = [("current", "4194304\n"), ("max", "max\n"), ("events", "max 3\n"), ("rsvd.current", "1\n")];
+        for (name, text) in files {
+            fs::write(directory.join(format!("hugetlb.2MB.{name}")), text).unwrap();
+        }
+        let stats = hugetlb(&directory).unwrap();
+        fs::remove_dir_all(&directory).unwrap();
+        let wanted = HugetlbStat { page_size: "2MB".to_owned(), current: 4 << 20, max: u64::MAX, failures: 3 };
+        assert_eq!(stats, [wanted]);
+    }
 
     #[test]
     fn formats() {
