@@ -160,6 +160,10 @@ fn make_container(control: &Channel, spec: &Spec, parts: Parts) -> Result<Infall
     // A cgroup namespace is rooted where its maker is: the child makes it, once born in its cgroup.
     let cgroup_namespace = plan.new.contains(CloneFlags::CLONE_NEWCGROUP);
     plan.new.remove(CloneFlags::CLONE_NEWCGROUP);
+    if plan.new.contains(namespaces::NEWTIME) {
+        namespaces::make_time(linux, &parts.proc)?;
+        plan.new.remove(namespaces::NEWTIME);
+    }
     let born_in = (!plan.joins_user()).then_some(&parts.cgroup);
     let (mapped, maps) = pipe2(OFlag::O_CLOEXEC).doing(|| "make a pipe")?;
     fork(control, plan.new, born_in, |pid| match linux {
@@ -209,7 +213,7 @@ fn build(control: &Channel, spec: &Spec, process: &Process, parts: Parts, layout
     devices::populate(&root, spec, layout.user_namespace)?;
     paths::walk(&root.root, process.cwd(), paths::Missing::Directory, paths::Links::Follow)
         .doing(|| format!("make cwd \"{}\"", process.cwd().display()))?;
-    let terminal = parts.terminal.map(|size| terminal::open(&root.root, size)).transpose()?;
+    let terminal = open_terminal(&root.root, process, parts.terminal)?;
     if let Some(terminal) = &terminal {
         terminal.bind_console(&root.root)?;
         terminal.give_to(process.user().uid())?;
@@ -262,11 +266,21 @@ fn make_process(
     // Joining the mount namespace has made its root ours.
     let root =
         open("/", OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty()).doing(|| "open the root")?;
-    let terminal = parts.terminal.map(|size| terminal::open(&root, size)).transpose()?;
+    let terminal = open_terminal(&root, process, parts.terminal)?;
     if let Some(terminal) = &terminal {
         terminal.give_to(process.user().uid())?;
     }
     finish(control, process, seccomp, &root, parts, terminal)
+}
+
+/// The terminal, if there is to be one: of the size that the client has told, else of the spec's.
+fn open_terminal(root: &OwnedFd, process: &Process, size: Option<(u16, u16)>) -> Step<Option<terminal::Terminal>> {
+    let clamp = |length: u64| u16::try_from(length).unwrap_or(u16::MAX);
+    let size = match (size, process.console_size()) {
+        (Some((0, 0)), Some(wanted)) => Some((clamp(wanted.width()), clamp(wanted.height()))),
+        (size, _) => size,
+    };
+    size.map(|size| terminal::open(root, size)).transpose()
 }
 
 /// Reports that all is ready, waits for the word, and becomes the program.

@@ -29,6 +29,7 @@ mod pause;
 mod process;
 mod request;
 mod rootfs;
+mod scheduling;
 mod seccomp;
 mod spawn;
 mod sys;

@@ -9,8 +9,10 @@ use std::{
 };
 
 use nix::{
+    fcntl::{OFlag, openat},
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sched::{CloneFlags, setns},
+    sched::{CloneFlags, setns, unshare},
+    sys::stat::Mode,
 };
 use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespaceType};
 
@@ -52,6 +54,9 @@ impl Namespaces {
     }
 }
 
+/// CLONE_NEWTIME of linux/sched.h, which nix does not name.
+pub(crate) const NEWTIME: CloneFlags = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+
 /// What the spec wants with namespaces.
 pub(crate) struct Plan {
     /// New ones.
@@ -64,9 +69,9 @@ pub(crate) struct Plan {
 pub(crate) fn kinds(linux: Option<&Linux>) -> Vec<CloneFlags> {
     let mut kinds = vec![CloneFlags::CLONE_NEWNS];
     for namespace in linux.and_then(|l| l.namespaces().as_ref()).into_iter().flatten() {
-        match flag(namespace.typ()) {
-            Some(kind) if !kinds.contains(&kind) => kinds.push(kind),
-            _ => {}
+        let kind = flag(namespace.typ());
+        if !kinds.contains(&kind) {
+            kinds.push(kind);
         }
     }
     kinds
@@ -77,7 +82,7 @@ impl Plan {
     pub(crate) fn of(linux: Option<&Linux>) -> Step<Self> {
         let mut plan = Self { new: CloneFlags::CLONE_NEWNS, joined: Vec::new() };
         for namespace in linux.and_then(|l| l.namespaces().as_ref()).into_iter().flatten() {
-            let kind = flag(namespace.typ()).ok_or_else(|| Fault::new("time namespaces are not supported"))?;
+            let kind = flag(namespace.typ());
             match namespace.path() {
                 None => plan.new |= kind,
                 Some(_) if kind == CloneFlags::CLONE_NEWNS => {
@@ -108,6 +113,23 @@ pub(crate) fn join(namespaces: &[(CloneFlags, OwnedFd)]) -> Step<()> {
     Ok(())
 }
 
+/// Makes a new time namespace for our children with the spec's offsets, which nobody can change once one is in it
+/// (time_namespaces(7)).
+pub(crate) fn make_time(linux: Option<&Linux>, proc: &OwnedFd) -> Step<()> {
+    unshare(NEWTIME).doing(|| "make a time namespace")?;
+    for (clock, offset) in linux.iter().flat_map(|linux| linux.time_offsets().iter().flatten()) {
+        let doing = || format!("set the time offset of clock {clock}");
+        if !matches!(clock.as_str(), "monotonic" | "boottime") {
+            return Err(Fault::new(format!("time offset of clock {clock}: there are monotonic and boottime")));
+        }
+        let line = format!("{clock} {} {}", offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0));
+        let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let file = openat(proc, "self/timens_offsets", flags, Mode::empty()).doing(doing)?;
+        nix::unistd::write(&file, line.as_bytes()).doing(doing)?;
+    }
+    Ok(())
+}
+
 /// Writes a new user namespace's maps (user_namespaces(7)), from outside of it.
 pub(crate) fn write_id_maps(pid: i32, linux: &Linux) -> Step<()> {
     for (name, maps) in [("uid_map", linux.uid_mappings()), ("gid_map", linux.gid_mappings())] {
@@ -125,8 +147,8 @@ fn map_text(maps: &[LinuxIdMapping]) -> String {
     maps.iter().map(|m| format!("{} {} {}\n", m.container_id(), m.host_id(), m.size())).collect()
 }
 
-fn flag(kind: LinuxNamespaceType) -> Option<CloneFlags> {
-    Some(match kind {
+fn flag(kind: LinuxNamespaceType) -> CloneFlags {
+    match kind {
         LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
         LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
         LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
@@ -134,8 +156,8 @@ fn flag(kind: LinuxNamespaceType) -> Option<CloneFlags> {
         LinuxNamespaceType::User => CloneFlags::CLONE_NEWUSER,
         LinuxNamespaceType::Pid => CloneFlags::CLONE_NEWPID,
         LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
-        LinuxNamespaceType::Time => return None,
-    })
+        LinuxNamespaceType::Time => NEWTIME,
+    }
 }
 
 fn file_name(kind: CloneFlags) -> &'static str {
@@ -146,6 +168,7 @@ fn file_name(kind: CloneFlags) -> &'static str {
         CloneFlags::CLONE_NEWIPC => "ipc",
         CloneFlags::CLONE_NEWUSER => "user",
         CloneFlags::CLONE_NEWPID => "pid",
+        NEWTIME => "time",
         _ => "net",
     }
 }

@@ -1,6 +1,7 @@
 //! The last steps of a process: streams, directory, limits, user, capabilities, seccomp, exec.
 
 use std::{
+    collections::{HashMap, hash_map::Entry},
     convert::Infallible,
     ffi::{CStr, CString},
     os::fd::{AsFd, OwnedFd},
@@ -23,6 +24,7 @@ use crate::{
     devices::NULL,
     fault::{Doing, Fault, Step, describe},
     paths::{self, Links, Missing},
+    scheduling,
     seccomp::{self, Filter},
     sys, user,
 };
@@ -60,7 +62,7 @@ impl Plan {
         if arguments.first().is_none_or(|first| first.is_empty()) {
             return Err(Fault::new("the process has no program"));
         }
-        let mut variables = process.env().clone().unwrap_or_default();
+        let mut variables = last_values(process.env().as_deref().unwrap_or_default());
         if !variables.iter().any(|v| v.starts_with("HOME=")) {
             variables.push(format!("HOME={}", user::home(root, process.user().uid())));
         }
@@ -89,6 +91,8 @@ impl Plan {
         // A directory that only the user may enter is entered after the change of user.
         let entered = fchdir(&self.directory);
         set_rlimits(process)?;
+        scheduling::apply(process)?;
+        sys::reset_signals();
         if let Some(attribute) = apparmor {
             let profile = process.apparmor_profile().as_deref().unwrap_or_default();
             nix::unistd::write(attribute, format!("exec {profile}").as_bytes())
@@ -278,6 +282,23 @@ fn resource(kind: PosixRlimitType) -> Step<Resource> {
     })
 }
 
+/// Each variable once, in its first place with its last value, as in runc: an image's and the pod's may both be there.
+fn last_values(variables: &[String]) -> Vec<String> {
+    let mut places: HashMap<&str, usize> = HashMap::new();
+    let mut kept: Vec<String> = Vec::new();
+    for variable in variables {
+        let name = variable.split_once('=').map_or(variable.as_str(), |(name, _)| name);
+        match places.entry(name) {
+            Entry::Occupied(place) => kept[*place.get()].clone_from(variable),
+            Entry::Vacant(place) => {
+                place.insert(kept.len());
+                kept.push(variable.clone());
+            }
+        }
+    }
+    kept
+}
+
 fn strings(texts: &[String], what: &str) -> Step<Vec<CString>> {
     if texts.len() > MAX_STRINGS {
         return Err(Fault::new(format!("{what}: more than {MAX_STRINGS} entries")));
@@ -289,4 +310,15 @@ fn strings(texts: &[String], what: &str) -> Step<Vec<CString>> {
                 .map_err(|_| Fault::new(format!("{what}: a NUL byte in \"{}\"", text.escape_debug())))
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::last_values;
+
+    #[test]
+    fn the_last_value_counts() {
+        let given = ["PATH=/a", "X=1", "PATH=/b", "EMPTY=", "odd", "X=2=3"].map(str::to_owned);
+        assert_eq!(last_values(&given), ["PATH=/b", "X=2=3", "EMPTY=", "odd"]);
+    }
 }

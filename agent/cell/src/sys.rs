@@ -233,6 +233,19 @@ pub(crate) fn new_session_keyring(name: &CStr) -> Result<()> {
     }
 }
 
+/// The calling process's I/O priority, class and level packed as in linux/ioprio.h (ioprio_set(2)).
+pub(crate) fn set_io_priority(packed: libc::c_int) -> Result<()> {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    // SAFETY: no pointers are passed.
+    Errno::result(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, packed) }).map(drop)
+}
+
+/// The calling process's scheduling policy (sched_setattr(2)).
+pub(crate) fn set_scheduler(attributes: &libc::sched_attr) -> Result<()> {
+    // SAFETY: the kernel reads a live sched_attr, whose `size` is its own.
+    Errno::result(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, ptr::from_ref(attributes), 0) }).map(drop)
+}
+
 /// The other end of a terminal's master, without any path (ioctl_tty(2), TIOCGPTPEER).
 pub(crate) fn terminal_peer(master: impl AsFd) -> Result<OwnedFd> {
     let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
@@ -269,6 +282,18 @@ pub(crate) fn duplicate_onto(source: impl AsFd, number: RawFd) -> Result<()> {
     }
     // SAFETY: `number` is one of 0, 1, 2, which no OwnedFd of this program holds while it is replaced.
     Errno::result(unsafe { libc::dup2(raw, number) }).map(drop)
+}
+
+/// Gives every signal its default action (signal(7)), also 32 and 33, which the C library keeps for itself and leaves ignored where it
+/// has spawned a program. Raw, since its own sigaction refuses these.
+pub(crate) fn reset_signals() {
+    /// The kernel's own `struct sigaction` on x86_64 and most others: handler, flags, restorer, mask.
+    const DEFAULT: [u64; 4] = [0; 4];
+    const SIGNALS: libc::c_int = 64;
+    for signal in 1..=SIGNALS {
+        // SAFETY: the kernel reads one sigaction, whose mask is of 8 bytes. SIGKILL and SIGSTOP are refused, which is fine.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, DEFAULT.as_ptr(), ptr::null::<()>(), 8) };
+    }
 }
 
 /// Installs a seccomp filter for this process (seccomp(2)). `program` is what libseccomp exports: an array of `struct sock_filter`.

@@ -237,9 +237,7 @@ impl Pod {
             return Err(Error::State { doing: "add a process to", id: id.to_owned(), state: init.state().name() });
         }
         let message = |source| Error::Message { what: "process to be added", source };
-        let mut oci: oci_spec::runtime::Process = serde_json::from_slice(&spec).map_err(message)?;
-        // As for the container itself: a label of the host's policy says nothing to the guest's kernel.
-        oci.set_selinux_label(None);
+        let oci = crate::spec::guest::guest_process(serde_json::from_slice(&spec).map_err(message)?)?;
         if let Some(profile) = apparmor::wanted(Some(&oci)) {
             let machine = self.running("add a process")?;
             machine.profiles.give_once(&machine.agent, profile).await?;

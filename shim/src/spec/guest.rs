@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
+use oci_spec::runtime::{Hooks, Linux, LinuxDevice, LinuxNamespace, LinuxNamespaceType, LinuxResources, Process, Spec};
 
 use super::SpecError;
 use super::block::{self, BlockDevice};
@@ -13,6 +13,18 @@ use super::resources::guest_resources;
 
 /// The pod's shared pid namespace in the guest.
 const SHARED_PID: &str = "/run/husk/ns/pid";
+
+/// Kernel parameters of an ipc namespace (ipc_namespaces(7)), beside fs.mqueue.*.
+const IPC_SYSCTLS: [&str; 8] = [
+    "kernel.msgmax",
+    "kernel.msgmnb",
+    "kernel.msgmni",
+    "kernel.sem",
+    "kernel.shmall",
+    "kernel.shmmax",
+    "kernel.shmmni",
+    "kernel.shm_rmid_forced",
+];
 
 /// Device nodes that every guest has: major and minor of character devices (Documentation/admin-guide/devices.txt), and name in /dev.
 pub(super) const GUEST_DEVICES: [(i64, i64, &str); 10] = [
@@ -53,7 +65,11 @@ impl GuestSpec {
 /// The guest's spec for container `id`, which is `role` in its pod.
 pub(crate) fn convert(mut spec: Spec, id: &str, role: &Role) -> Result<GuestSpec, SpecError> {
     refuse_hooks(spec.hooks().as_ref())?;
-    spec.set_hooks(None).set_annotations(None).set_hostname(None).set_domainname(None);
+    spec.set_hooks(None).set_annotations(None);
+    let own_names = has_own_names(&spec, role);
+    if !own_names {
+        spec.set_hostname(None).set_domainname(None);
+    }
     spec.set_uid_mappings(None).set_gid_mappings(None);
     let shared = Path::new(husk_agent_api::SHARED_DIR).join(id);
 
@@ -65,16 +81,27 @@ pub(crate) fn convert(mut spec: Spec, id: &str, role: &Role) -> Result<GuestSpec
     let (mounts, needs) = guest_mounts(spec.mounts().clone().unwrap_or_default(), role, &shared)?;
     spec.set_mounts(Some(mounts));
 
-    let mut process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
-    // A label of the host's policy says nothing to the guest's kernel.
-    process.set_selinux_label(None);
-    spec.set_process(Some(process));
+    let process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
+    spec.set_process(Some(guest_process(process)?));
 
     let linux = spec.linux().clone().ok_or(SpecError::Missing("linux section"))?;
     let devices = linux.devices().as_deref().unwrap_or_default();
     let block_devices = block::asked(devices, linux.resources().as_ref())?;
-    spec.set_linux(Some(guest_linux(linux, id, role, &block_devices)?));
+    spec.set_linux(Some(guest_linux(linux, id, role, own_names, &block_devices)?));
     Ok(GuestSpec { spec, rootfs, needs, block_devices })
+}
+
+/// A process, of a container's spec or of an exec.
+pub(crate) fn guest_process(mut process: Process) -> Result<Process, SpecError> {
+    if !process.cwd().is_absolute() {
+        return Err(SpecError::WorkingDirectory(process.cwd().clone()));
+    }
+    if process.exec_cpu_affinity().is_some() {
+        return Err(SpecError::HostOnly("an execCPUAffinity, whose processors are the host's"));
+    }
+    // A label of the host's policy says nothing to the guest's kernel.
+    process.set_selinux_label(None);
+    Ok(process)
 }
 
 /// Hooks run on the host and expect the container's process and namespaces there.
@@ -95,13 +122,30 @@ fn refuse_hooks(hooks: Option<&Hooks>) -> Result<(), SpecError> {
     }
 }
 
+/// Whether the container gets a uts namespace in the guest: one in a pod that asks for a new one, and a single one whose NIS domain
+/// name is to be set (its host name is the machine's).
+fn has_own_names(spec: &Spec, role: &Role) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    let new = load::namespace(namespaces, LinuxNamespaceType::Uts).is_some_and(|uts| !joins(uts));
+    new && (*role != Role::Single || spec.domainname().as_ref().is_some_and(|name| !name.is_empty()))
+}
+
 /// The Linux part.
-fn guest_linux(mut linux: Linux, id: &str, role: &Role, disks: &[BlockDevice]) -> Result<Linux, SpecError> {
+fn guest_linux(
+    mut linux: Linux,
+    id: &str,
+    role: &Role,
+    own_names: bool,
+    disks: &[BlockDevice],
+) -> Result<Linux, SpecError> {
     if linux.uid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty()) {
         return Err(SpecError::UserNamespace);
     }
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
-    linux.set_namespaces(Some(guest_namespaces(namespaces, role)?));
+    let namespaces = guest_namespaces(namespaces, role, own_names)?;
+    refuse_sysctls(&linux, &namespaces, role)?;
+    refuse_unknown(&linux)?;
+    linux.set_namespaces(Some(namespaces));
     if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
         return Err(SpecError::SeccompListener);
     }
@@ -114,12 +158,52 @@ fn guest_linux(mut linux: Linux, id: &str, role: &Role, disks: &[BlockDevice]) -
     if *role == Role::Single {
         linux.set_sysctl(None);
     }
-    linux.set_mount_label(None).set_intel_rdt(None).set_memory_policy(None).set_net_devices(None);
+    // A label of the host's policy says nothing to the guest's kernel.
+    linux.set_mount_label(None);
     Ok(linux)
 }
 
+/// What is about the host's hardware.
+fn refuse_unknown(linux: &Linux) -> Result<(), SpecError> {
+    let asked = [
+        (linux.intel_rdt().is_some(), "intelRdt, which divides the host's cache between processes on the host"),
+        (linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()), "netDevices, which are the host's"),
+        (linux.memory_policy().is_some(), "a memoryPolicy, which is about the host's memory nodes"),
+    ];
+    match asked.into_iter().find(|(is_asked, _)| *is_asked) {
+        Some((_, what)) => Err(SpecError::HostOnly(what)),
+        None => Ok(()),
+    }
+}
+
+/// A container of a pod may set kernel parameters of namespaces of its own only; the others are the pod's, whose sandbox names them.
+fn refuse_sysctls(linux: &Linux, namespaces: &[LinuxNamespace], role: &Role) -> Result<(), SpecError> {
+    if *role == Role::Single {
+        return Ok(());
+    }
+    let owns = |kind| load::namespace(namespaces, kind).is_some();
+    for name in linux.sysctl().iter().flat_map(|sysctls| sysctls.keys()) {
+        let plain = name.replace('/', ".");
+        let own = match plain.split('.').next() {
+            Some("net") => owns(LinuxNamespaceType::Network),
+            Some("fs") => plain.starts_with("fs.mqueue.") && owns(LinuxNamespaceType::Ipc),
+            Some("kernel") if plain == "kernel.domainname" => owns(LinuxNamespaceType::Uts),
+            Some("kernel") => IPC_SYSCTLS.contains(&plain.as_str()) && owns(LinuxNamespaceType::Ipc),
+            _ => false,
+        };
+        if !own {
+            return Err(SpecError::Sysctl(name.clone()));
+        }
+    }
+    Ok(())
+}
+
 /// Namespaces as the cell understands them: listed without a path is new, not listed is the pod's.
-fn guest_namespaces(namespaces: &[LinuxNamespace], role: &Role) -> Result<Vec<LinuxNamespace>, SpecError> {
+fn guest_namespaces(
+    namespaces: &[LinuxNamespace],
+    role: &Role,
+    own_names: bool,
+) -> Result<Vec<LinuxNamespace>, SpecError> {
     let mut guest = vec![namespace(LinuxNamespaceType::Mount, None)];
     if load::namespace(namespaces, LinuxNamespaceType::User).is_some() {
         return Err(SpecError::UserNamespace);
@@ -135,6 +219,15 @@ fn guest_namespaces(namespaces: &[LinuxNamespace], role: &Role) -> Result<Vec<Li
     // The pod's pid namespace is whatever has a path, and what stands for the host's: there is no other that a container could join.
     let own_pid = load::namespace(namespaces, LinuxNamespaceType::Pid).is_some_and(|pid| !joins(pid));
     guest.push(namespace(LinuxNamespaceType::Pid, (!own_pid).then_some(SHARED_PID)));
+    if own_names {
+        guest.push(namespace(LinuxNamespaceType::Uts, None));
+    }
+    // A single container's are the machine's.
+    if *role != Role::Single {
+        let new = |kind| load::namespace(namespaces, kind).is_some_and(|namespace| !joins(namespace));
+        let kinds = [LinuxNamespaceType::Ipc, LinuxNamespaceType::Network].into_iter().filter(|&kind| new(kind));
+        guest.extend(kinds.map(|kind| namespace(kind, None)));
+    }
     for (kind, name) in [(LinuxNamespaceType::Cgroup, "cgroup"), (LinuxNamespaceType::Time, "time")] {
         refuse_joining(namespaces, kind, name)?;
         if load::namespace(namespaces, kind).is_some() {

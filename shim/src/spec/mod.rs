@@ -90,6 +90,15 @@ pub(crate) enum SpecError {
     /// A notification socket on the host.
     #[error("the seccomp profile wants a listener on the host, which a virtual machine cannot reach")]
     SeccompListener,
+    /// A working directory that could be anywhere.
+    #[error("the process's cwd {path:?} is not an absolute path", path = .0.display().to_string())]
+    WorkingDirectory(PathBuf),
+    /// Something of the host's hardware.
+    #[error("the spec asks for {0}: a virtual machine cannot have it, run the pod with runc")]
+    HostOnly(&'static str),
+    /// A kernel parameter that is not of the container's own namespaces.
+    #[error("the kernel parameter {0} is not of a namespace that is the container's own; set the pod's on the pod")]
+    Sysctl(String),
     /// An annotation that husk doesn't know.
     #[error("the annotation {0} is unknown; husk knows {known}", known = annotations::KNOWN)]
     UnknownAnnotation(String),
