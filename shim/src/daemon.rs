@@ -21,7 +21,7 @@ use crate::id::{Id, IdError};
 use crate::launch::LISTENER_FD;
 use crate::pod::{Pod, Surroundings};
 use crate::service::events::Publisher;
-use crate::service::task;
+use crate::service::services;
 use crate::{error, logging};
 
 /// Longest wait for containerd to take the last answers, and then the last events.
@@ -85,7 +85,7 @@ fn serve(flags: &Flags, id: Id, config: Config) -> Result<(), DaemonError> {
             Surroundings { id, namespace: flags.namespace.clone(), socket: flags.socket.clone(), config, publisher };
         let pod = Pod::new(around);
         let listener = Listener::try_from(listener).map_err(failed("listen on the shim's socket"))?;
-        let mut server = Server::new().add_listener(listener).register_service(task::services(&pod));
+        let mut server = Server::new().add_listener(listener).register_service(services(&pod));
         server.start().await.map_err(DaemonError::Serve)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed("watch for SIGTERM"))?;
         info!("shim serves process={}", std::process::id());

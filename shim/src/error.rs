@@ -58,6 +58,14 @@ pub(crate) enum Error {
     /// husk does not do this.
     #[error("{0}")]
     Unsupported(&'static str),
+    /// Something took too long.
+    #[error("waited {limit:?} for {what}")]
+    Late {
+        /// What was awaited.
+        what: &'static str,
+        /// How long.
+        limit: std::time::Duration,
+    },
     /// A message that can't be understood.
     #[error("cannot understand the {what}")]
     Message {
@@ -116,6 +124,7 @@ impl Error {
             Self::NotFound { .. } | Self::Finished { .. } => Code::NOT_FOUND,
             Self::AlreadyExists { .. } => Code::ALREADY_EXISTS,
             Self::State { .. } | Self::Down { .. } => Code::FAILED_PRECONDITION,
+            Self::Late { .. } => Code::DEADLINE_EXCEEDED,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Id(_) | Self::Spec(_) | Self::Message { .. } | Self::Beyond { .. } => Code::INVALID_ARGUMENT,
             Self::Peer(error) => error.code(),

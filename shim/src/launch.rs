@@ -93,7 +93,7 @@ pub(crate) fn start(flags: &Flags) -> Result<(), LaunchError> {
     let (options, protocol) = parameters(flags, &input)?;
     let id = Id::parse(&options.id)?;
     let bundle = Path::new(".");
-    let address = match load::role(&load::load(bundle)?)? {
+    let address = match role(bundle)? {
         Role::Member(sandbox) => running_daemon(&options, &Id::parse(&sandbox)?)?,
         Role::Sandbox | Role::Single => start_daemon(&options, &id)?,
     };
@@ -102,6 +102,14 @@ pub(crate) fn start(flags: &Flags) -> Result<(), LaunchError> {
     let answer = answer(&address, protocol).map_err(|error| LaunchError::Answer(error.into()))?;
     let mut stdout = io::stdout().lock();
     stdout.write_all(&answer).and_then(|()| stdout.flush()).map_err(LaunchError::Answer)
+}
+
+/// What the bundle's container is to its pod. A bundle without a spec is that of a sandbox under the Sandbox API, which tells later what it is.
+fn role(bundle: &Path) -> Result<Role, SpecError> {
+    match load::load(bundle) {
+        Err(SpecError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Role::Sandbox),
+        spec => load::role(&spec?),
+    }
 }
 
 /// What containerd wants started, by whichever protocol.

@@ -30,17 +30,24 @@ state = "/run/husk-test/state"
   [plugins."{cri}".containerd.runtimes.husk]
     runtime_type = "io.containerd.husk.v2"
     pod_annotations = ["io.husk.*"]
+{sandbox}"""
+
+# husk by the Sandbox API, without a pause container: containerd 2.
+SANDBOX = """  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-sandbox]
+    runtime_type = "io.containerd.husk.v2"
+    sandboxer = "shim"
+    disable_pause_image_pull = true
 """
 
 # What the versions put differently (containerd's docs/cri/config.md of release/1.7 and release/2.0).
-CONFIG_1 = {"format": 2, "cri": "io.containerd.grpc.v1.cri", "bin_dir": 'bin_dir = "/usr/lib/cni"', "own": """
+CONFIG_1 = {"format": 2, "sandbox": "", "cri": "io.containerd.grpc.v1.cri", "bin_dir": 'bin_dir = "/usr/lib/cni"', "own": """
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "husk.test/pause:1"
 [plugins."io.containerd.grpc.v1.cri".registry]
   config_path = "/run/husk-test/certs.d"
 """}
 # The two switches are off as in containerd 1, so that a test means the same on every version.
-CONFIG_2 = {"format": 3, "cri": "io.containerd.cri.v1.runtime", "bin_dir": 'bin_dirs = ["/usr/lib/cni"]', "own": """
+CONFIG_2 = {"format": 3, "sandbox": SANDBOX, "cri": "io.containerd.cri.v1.runtime", "bin_dir": 'bin_dirs = ["/usr/lib/cni"]', "own": """
 [plugins."io.containerd.cri.v1.images".pinned_images]
   sandbox = "husk.test/pause:1"
 [plugins."io.containerd.cri.v1.images".registry]

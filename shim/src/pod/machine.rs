@@ -1,6 +1,6 @@
 //! The pod's virtual machine as the shim holds it: its processes, its connections, and everything on the host that must go with it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -94,7 +94,7 @@ impl Held {
 }
 
 /// Detaches every mount below `directory`, the deepest first.
-pub(crate) fn unmount_below(directory: &std::path::Path) {
+pub(crate) fn unmount_below(directory: &Path) {
     let Ok(table) = std::fs::read_to_string("/proc/self/mountinfo") else { return };
     // Field 5 is the mount point (proc_pid_mountinfo(5)); a pod's directory holds none of the characters that are escaped there.
     let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
@@ -153,6 +153,11 @@ impl Machine {
             stopping: AtomicBool::new(false),
             oom_score: Mutex::new(None),
         }
+    }
+
+    /// The pod's directory.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// The share directory.

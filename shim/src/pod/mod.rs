@@ -7,12 +7,14 @@ pub(crate) mod disks;
 pub(crate) mod guest;
 pub(crate) mod machine;
 pub(crate) mod recover;
+pub(crate) mod sandbox;
 pub(crate) mod state;
 mod stop;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{
@@ -33,6 +35,7 @@ use crate::error::{Error, chain};
 use crate::id::Id;
 use crate::service::events::Publisher;
 use crate::spec::load::{self, Role};
+use crate::spec::sandbox::Files;
 use crate::spec::{resources, size};
 use cpusets::CpuSet;
 use machine::Machine;
@@ -62,6 +65,18 @@ pub(crate) struct Pod {
     /// Exit status of the sandbox, where a signal has already decided it.
     sandbox_status: Mutex<Option<u32>>,
     finished: watch::Sender<bool>,
+    /// What the Sandbox API has said of the pod, until it is started.
+    described: Mutex<Option<sandbox::Described>>,
+    /// Held while the Sandbox API's pod is being started.
+    booting: tokio::sync::Mutex<()>,
+    /// What a pod of the Sandbox API has.
+    sandbox: OnceLock<Sandbox>,
+}
+
+/// What only a pod of the Sandbox API has.
+struct Sandbox {
+    files: Files,
+    started_at: SystemTime,
 }
 
 /// The place of the pod's machine.
@@ -88,6 +103,9 @@ impl Pod {
             machine: Mutex::new(Slot::None),
             sandbox_status: Mutex::new(None),
             finished: watch::Sender::new(false),
+            described: Mutex::default(),
+            booting: tokio::sync::Mutex::default(),
+            sandbox: OnceLock::new(),
         })
     }
 
@@ -108,8 +126,11 @@ impl Pod {
         if !request.checkpoint.is_empty() {
             return Err(Error::Unsupported("husk cannot restore a container from a checkpoint"));
         }
-        let spec = load::load(Path::new(&request.bundle))?;
+        let mut spec = load::load(Path::new(&request.bundle))?;
         let role = load::role(&spec)?;
+        if let (Role::Member(_), Some(sandbox)) = (&role, self.sandbox.get()) {
+            sandbox.files.add_to(&mut spec);
+        }
         let stdio = Paths {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -461,8 +482,11 @@ impl Pod {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
-    /// Tells containerd of a process's end.
+    /// Tells containerd of a process's end. That of a sandbox of the Sandbox API is what WaitSandbox waits for.
     async fn tell_exit(&self, container: &Container, process: &Process, exit: Exit) {
+        if container.kind == Kind::Sandbox && self.sandbox.get().is_some() {
+            return;
+        }
         let id = if process.exec_id.is_empty() { container.id.to_string() } else { process.exec_id.clone() };
         let event = TaskExit {
             container_id: container.id.to_string(),

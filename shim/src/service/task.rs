@@ -1,7 +1,6 @@
 //! containerd's Task service, for the pod. Each request runs in a task of its own: containerd may give up waiting, the work is done whole.
 
 use std::collections::HashMap;
-use std::future::Future;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -17,8 +16,9 @@ use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::r#async::{Service, TtrpcContext};
-use tracing::{debug, info};
+use tracing::info;
 
+use super::{internal, whole};
 use crate::container::process::State;
 use crate::container::stats;
 use crate::container::stdio::Paths;
@@ -41,33 +41,19 @@ struct TaskService {
     pod: Arc<Pod>,
 }
 
-impl TaskService {
-    /// Does the work to its end even if the request's deadline passes.
-    async fn whole<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = Result<T, Error>> + Send + 'static,
-    ) -> ttrpc::Result<T> {
-        let done = tokio::spawn(work).await.map_err(Error::from).and_then(|done| done);
-        done.map_err(|error| {
-            debug!("refused: {}", crate::error::chain(&error));
-            error.into()
-        })
-    }
-}
-
 #[async_trait]
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         info!("create {}", request.id);
         let pod = Arc::clone(&self.pod);
-        let pid = self.whole(async move { pod.create(request).await }).await?;
+        let pid = whole(async move { pod.create(request).await }).await?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         info!("start {} {}", request.id, request.exec_id);
         let pod = Arc::clone(&self.pod);
-        let pid = self.whole(async move { pod.start(&request.id, &request.exec_id).await }).await?;
+        let pid = whole(async move { pod.start(&request.id, &request.exec_id).await }).await?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
@@ -110,14 +96,14 @@ impl Task for TaskService {
         info!("kill {} {} with signal {}", request.id, request.exec_id, request.signal);
         let pod = Arc::clone(&self.pod);
         let work = async move { pod.kill(&request.id, &request.exec_id, request.signal, request.all).await };
-        self.whole(work).await?;
+        whole(work).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         info!("delete {} {}", request.id, request.exec_id);
         let pod = Arc::clone(&self.pod);
-        let exit = self.whole(async move { pod.delete(&request.id, &request.exec_id).await }).await?;
+        let exit = whole(async move { pod.delete(&request.id, &request.exec_id).await }).await?;
         Ok(DeleteResponse {
             pid: self.pod.pid(),
             exit_status: exit.status,
@@ -132,7 +118,7 @@ impl Task for TaskService {
             Paths { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
         let spec = request.spec.into_option().unwrap_or_default().value;
         let pod = Arc::clone(&self.pod);
-        self.whole(async move { pod.exec(&request.id, &request.exec_id, stdio, spec).await }).await?;
+        whole(async move { pod.exec(&request.id, &request.exec_id, stdio, spec).await }).await?;
         Ok(Empty::new())
     }
 
@@ -164,13 +150,13 @@ impl Task for TaskService {
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let pod = Arc::clone(&self.pod);
-        self.whole(async move { pod.pause(&request.id).await }).await?;
+        whole(async move { pod.pause(&request.id).await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         let pod = Arc::clone(&self.pod);
-        self.whole(async move { pod.resume(&request.id).await }).await?;
+        whole(async move { pod.resume(&request.id).await }).await?;
         Ok(Empty::new())
     }
 
@@ -193,7 +179,7 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         info!("shutdown {}", request.id);
         let pod = Arc::clone(&self.pod);
-        self.whole(async move {
+        whole(async move {
             pod.shutdown(request.now).await;
             Ok(())
         })
@@ -211,8 +197,4 @@ fn process_info(pid: u32, exec_id: String) -> Result<ProcessInfo, protobuf::Erro
         info.info = MessageField::some(Any { type_url, value, ..Default::default() });
     }
     Ok(info)
-}
-
-fn internal(what: &str, error: &protobuf::Error) -> ttrpc::Error {
-    ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, format!("{what}: {error}"))
 }

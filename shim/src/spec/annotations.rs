@@ -10,7 +10,7 @@ use crate::config::{MAX_VCPUS, MIN_MEMORY_MIB};
 pub(crate) const KNOWN: &str = "io.husk.vcpus and io.husk.memory-mib";
 
 /// Everything that begins so is husk's.
-const PREFIX: &str = "io.husk.";
+pub(super) const PREFIX: &str = "io.husk.";
 
 /// What a pod asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

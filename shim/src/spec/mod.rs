@@ -6,6 +6,7 @@ pub(crate) mod guest;
 pub(crate) mod load;
 pub(crate) mod mounts;
 pub(crate) mod resources;
+pub(crate) mod sandbox;
 pub(crate) mod size;
 #[cfg(test)]
 mod tests;
@@ -38,6 +39,28 @@ pub(crate) enum SpecError {
     /// The guest's spec can't be written.
     #[error("cannot write the guest's OCI spec")]
     Encode(#[source] serde_json::Error),
+    /// Another sandbox description than the CRI's.
+    #[error("the sandbox is described by {found:?}; only {wanted} is understood")]
+    SandboxOptions {
+        /// The message's type.
+        found: String,
+        /// The one that is known.
+        wanted: &'static str,
+    },
+    /// A sandbox description that can't be read.
+    #[error("cannot read the sandbox's description")]
+    SandboxConfig(#[source] containerd_shim_protos::protobuf::Error),
+    /// A file that each container of the pod has.
+    #[error("cannot {doing} {path} for the pod's containers", path = path.display())]
+    PodFile {
+        /// What failed.
+        doing: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// A part that husk needs is not there.
     #[error("the spec has no {0}")]
     Missing(&'static str),
