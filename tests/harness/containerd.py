@@ -13,6 +13,7 @@ from .command import Failed, output, run
 SOCKET = "/run/husk-test/containerd.sock"
 NAMESPACE = "k8s.io"
 CLIENT_CONFIG = "/run/husk-test/crictl.yaml"
+SANDBOXES = f"/run/husk-test/state/io.containerd.sandbox.controller.v1.shim/{NAMESPACE}"
 
 CONFIG = """version = {format}
 root = "/var/lib/containerd/husk-test"
