@@ -35,6 +35,11 @@ def deadline(seconds):
     return mark
 
 
+def full(usual, whole):
+    """A test's usual measure, or with HUSK_TEST_FULL=1 in the environment the whole one, which takes long in an emulator."""
+    return whole if os.environ.get("HUSK_TEST_FULL") == "1" else usual
+
+
 def collect(suite, names):
     """The suite's tests in order of file and place, or what its own `collect` gives; with names, only those whose full name contains one
     of them."""

@@ -1,0 +1,41 @@
+"""What the kubelet's probes and hooks do, as they reach a runtime: execs with a timeout, and a pod that is very slow."""
+
+import pathlib
+import time
+
+from harness.crictl import COMMAND, crictl, pids, pod
+from harness.command import run
+
+
+def test_a_probe_that_takes_too_long_is_killed_with_all_it_started():
+    """An exec beyond its timeout is killed, its children too (runc leaves those running); the container goes on."""
+    with pod() as it:
+        box = it.start(["sleep", "1000"])
+        start = time.monotonic()
+        said = crictl("exec", "-s", "--timeout", "2", box.id, "sh", "-c", "sleep 777 & (sleep 778; true) & sleep 779; true", check=False)
+        took = time.monotonic() - start
+        assert said.returncode and "timeout" in said.stderr, said
+        assert 2 <= took < 8, took
+        left = [line for line in box.exec("ps").splitlines() if "sleep 77" in line]
+        assert not left, left
+        assert box.state() == "CONTAINER_RUNNING"
+
+
+def test_a_throttled_pod_lives():
+    """A pod that its host gives 1 % of a CPU for 8 s does not answer a probe in time, but lives, and is as before afterwards."""
+    with pod() as it:
+        box = it.start(["sleep", "1000"])
+        vmm = pids("husk-vmm")
+        quota = next(pathlib.Path("/sys/fs/cgroup").glob(f"**/{it.id}")) / "cpu.max"
+        quota.write_text("1000 100000")
+        try:
+            end = time.monotonic() + 8
+            probe = run(*COMMAND, "exec", "-s", "--timeout", "2", box.id, "sh", "-c", "for n in $(seq 100000); do :; done", check=False)
+            assert probe.returncode, "the pod is not throttled"
+            while time.monotonic() < end:
+                assert box.state() == "CONTAINER_RUNNING"
+                time.sleep(0.5)
+        finally:
+            quota.write_text("max 100000")
+        assert box.exec("echo", "alive") == "alive"
+        assert pids("husk-vmm") == vmm and box.state() == "CONTAINER_RUNNING"
