@@ -46,7 +46,7 @@ def test_shim_killed():
     """kill -9 of the shim."""
     # containerd 2 tells itself of the exit before it has forgotten the dead shim; when its CRI service is the quicker one, its deletion
     # of the task fails with "ttrpc: closed" and is tried again 2 s later. With runc's shim it is the same (HUSK_TEST_HANDLER=runc).
-    _dies(_kill9(f"containerd-shim-{HANDLER}-v2"), within=4 if version() >= (2, 0) else 2)
+    _dies(_kill9(f"containerd-shim-{HANDLER.removesuffix('-sandbox')}-v2"), within=4 if version() >= (2, 0) else 2)
 
 
 def test_guest_panics():

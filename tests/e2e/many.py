@@ -53,6 +53,7 @@ def _held(box):
         folder = pathlib.Path(f"/proc/{pids(name)[0]}")
         of[name] = _figures((folder / "status").read_text(), len(os.listdir(folder / "fd")))
     agent = box.exec("sh", "-c", "cat /proc/1/status; ls /proc/1/fd | wc -l")
+    print(f"    {agent.split()[1]}")
     of["husk-agent"] = _figures(agent, int(agent.split()[-1]))
     return of
 

@@ -30,20 +30,23 @@ impl Pod {
         let held = machine.held.read().await;
         let (mut cause, is_agents_end) = self.pass_on_all(&held, &mut events).await;
         machine.set_down(&cause);
-        self.end_containers(Kind::Guest, Exit::killed()).await;
-        // The agent's connection is the first to break when the guest ends: the VMM knows why.
-        if let (true, Some(vmm)) = (is_agents_end, &held.vmm)
-            && let Ok(reason) = tokio::time::timeout(SHUTDOWN_LIMIT, vmm.ended()).await
-        {
-            cause = reason;
-            machine.set_down(&cause);
-        }
-        if machine.is_stopping() {
-            info!("pod stopped: {cause}");
-        } else {
-            error!("the pod's virtual machine is gone: {cause}");
-        }
-        held.end_processes().await;
+        let ending_processes = async {
+            // The agent's connection is the first to break when the guest ends: the VMM knows why.
+            if let (true, Some(vmm)) = (is_agents_end, &held.vmm)
+                && let Ok(reason) = tokio::time::timeout(SHUTDOWN_LIMIT, vmm.ended()).await
+            {
+                cause = reason;
+                machine.set_down(&cause);
+            }
+            if machine.is_stopping() {
+                info!("pod stopped: {cause}");
+            } else {
+                error!("the pod's virtual machine is gone: {cause}");
+            }
+            held.end_processes().await;
+        };
+        // The last output ends with the VMM.
+        tokio::join!(ending_processes, self.end_containers(Kind::Guest, Exit::killed()));
         drop(held);
         machine.set_gone();
         let status = *self.sandbox_status.lock().unwrap_or_else(PoisonError::into_inner);
