@@ -36,7 +36,9 @@ pub(super) struct Started {
 
 impl Logger {
     /// Starts the program of `/path?key=value&key2=value2` with the keys and values as its arguments, and waits until it is ready.
-    pub(super) async fn start(uri: &str, namespace: &str, id: &str) -> Result<Started, StdioError> {
+    ///
+    /// One that must say so (`binary-v2`) writes a byte to descriptor 5; of others it is enough that they close it.
+    pub(super) async fn start(uri: &str, says_ready: bool, namespace: &str, id: &str) -> Result<Started, StdioError> {
         let (path, arguments) = parse(uri);
         let program = PathBuf::from(path);
         let failed = |doing| {
@@ -69,7 +71,12 @@ impl Logger {
         let mut byte = [0; 1];
         match tokio::time::timeout(READY_LIMIT, ready.read(&mut byte)).await {
             Err(_) => return Err(failed("it is not ready after 10 s")(io::ErrorKind::TimedOut.into())),
-            Ok(outcome) => outcome.map_err(failed("wait until it is ready"))?,
+            Ok(outcome) => {
+                let length = outcome.map_err(failed("wait until it is ready"))?;
+                if says_ready && length == 0 {
+                    return Err(failed("it did not say that it is ready")(io::ErrorKind::UnexpectedEof.into()));
+                }
+            }
         };
         Ok(Started { logger: Self { program, child }, stdout, stderr })
     }

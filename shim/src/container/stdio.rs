@@ -92,7 +92,12 @@ struct Output {
 pub(super) enum Target {
     Fifo(PathBuf),
     File(PathBuf),
-    Binary(String),
+    Binary {
+        /// What follows `binary://`.
+        uri: String,
+        /// Whether the logger must say that it is ready (`binary-v2`); else its silence is enough.
+        says_ready: bool,
+    },
 }
 
 impl Target {
@@ -104,7 +109,9 @@ impl Target {
         Ok(Some(match text.split_once("://") {
             None | Some(("fifo", _)) => Self::Fifo(text.strip_prefix("fifo://").unwrap_or(text).into()),
             Some(("file", path)) => Self::File(path.into()),
-            Some(("binary", rest)) => Self::Binary(rest.to_owned()),
+            Some((scheme @ ("binary" | "binary-v2"), rest)) => {
+                Self::Binary { uri: rest.to_owned(), says_ready: scheme == "binary-v2" }
+            }
             Some(_) => return Err(StdioError::Scheme(text.to_owned())),
         }))
     }
@@ -132,9 +139,9 @@ impl Pending {
         let stdout = Target::parse(&paths.stdout)?;
         let stderr = if paths.terminal { None } else { Target::parse(&paths.stderr)? };
         let mut logger = None;
-        let (stdout, stderr) = if let Some(Target::Binary(uri)) = &stdout {
+        let (stdout, stderr) = if let Some(Target::Binary { uri, says_ready }) = &stdout {
             // One logger takes both streams, as containerd's own shims have it.
-            let started = Logger::start(uri, namespace, id).await?;
+            let started = Logger::start(uri, *says_ready, namespace, id).await?;
             let (out, err) = (started.stdout, started.stderr);
             logger = Some(started.logger);
             (Some(Output::of(out)), (!paths.terminal).then(|| Output::of(err)))
@@ -285,7 +292,7 @@ fn open_stdin(path: &Path) -> Result<(pipe::Receiver, OwnedFd), StdioError> {
 async fn open_output(stream: &'static str, target: Option<Target>) -> Result<Option<Output>, StdioError> {
     match target {
         None => Ok(None),
-        Some(Target::Binary(uri)) => Err(StdioError::Scheme(format!("binary://{uri} (as {stream} alone)"))),
+        Some(Target::Binary { uri, .. }) => Err(StdioError::Scheme(format!("binary://{uri} (as {stream} alone)"))),
         Some(Target::File(path)) => open_file(stream, &path).await.map(Some),
         Some(Target::Fifo(path)) => {
             let failed = |source| StdioError::Open { stream, path: path.clone(), source };

@@ -170,6 +170,11 @@ async fn files_and_loggers_take_output_too() {
     logger.wait().await;
     assert_eq!(std::fs::read_to_string(&taken).unwrap(), "logged\nc key value\n");
 
+    // It closes descriptor 5 without a word.
+    let paths = Paths { stdout: format!("binary-v2://{script}"), ..Paths::default() };
+    let Err(error) = Pending::open(&paths, &dial, "ns", "c").await else { panic!("a silent logger is not ready") };
+    assert!(error.to_string().contains("not say that it is ready"), "{error}");
+
     let file = fifos.path("new/folder/file.log");
     let paths = Paths { stdout: format!("file://{file}"), ..Paths::default() };
     let pending = Pending::open(&paths, &dial, "ns", "c").await.unwrap();
@@ -203,6 +208,9 @@ fn targets_are_read_as_containerd_writes_them() {
     assert_eq!(Target::parse("/a").unwrap(), Some(Target::Fifo("/a".into())));
     assert_eq!(Target::parse("fifo:///a").unwrap(), Some(Target::Fifo("/a".into())));
     assert_eq!(Target::parse("file:///a").unwrap(), Some(Target::File("/a".into())));
-    assert_eq!(Target::parse("binary:///a?b=c").unwrap(), Some(Target::Binary("/a?b=c".to_owned())));
+    for (scheme, says_ready) in [("binary", false), ("binary-v2", true)] {
+        let wanted = Target::Binary { uri: "/a?b=c".to_owned(), says_ready };
+        assert_eq!(Target::parse(&format!("{scheme}:///a?b=c")).unwrap(), Some(wanted));
+    }
     assert!(matches!(Target::parse("http://x"), Err(StdioError::Scheme(_))));
 }
