@@ -81,8 +81,8 @@ def test_slow_reader():
     size = 3 * MIB
     with pod() as it:
         box = it.start(["sleep", "1000"])
-        exec_id, script = "slow", f"head -c {size} /dev/zero | tr '\\0' x"
-        with subprocess.Popen([*CTR, "task", "exec", "--exec-id", exec_id, box.id, "sh", "-c", script], stdout=subprocess.PIPE,
+        script = f"head -c {size} /dev/zero | tr '\\0' x"
+        with subprocess.Popen([*CTR, "task", "exec", "--exec-id", "slow", box.id, "sh", "-c", script], stdout=subprocess.PIPE,
                               stdin=subprocess.DEVNULL) as client:
             assert client.stdout.read(1) == b"x"
             time.sleep(3)
