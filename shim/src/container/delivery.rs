@@ -140,11 +140,13 @@ mod tests {
         let delivery = Delivery::new(seen, Some(path.clone()));
         writer.write_all(&[7; 10_000]).unwrap();
         drop(progress);
-        let waiting = tokio::spawn(delivery.wait(u64::MAX, STALL));
-        for _ in 0..10 {
-            tokio::time::sleep(STALL / 2).await;
+        // Long enough for a machine on which nothing else gets its turn in time either.
+        let stall = Duration::from_secs(2);
+        let waiting = tokio::spawn(delivery.wait(u64::MAX, stall));
+        for left in (0..4).rev() {
+            tokio::time::sleep(stall / 2).await;
             assert!(!waiting.is_finished());
-            reader.read_exact(&mut [0; 1_000]).unwrap();
+            reader.read_exact(&mut vec![0; if left > 0 { 1_000 } else { 7_000 }]).unwrap();
         }
         assert!(waiting.await.unwrap());
         std::fs::remove_file(path).unwrap();
