@@ -19,7 +19,6 @@ from harness.containerd import NAMESPACE, SOCKET
 from . import base
 
 CTR = ("ctr", "-a", SOCKET, "-n", NAMESPACE)
-HUSK = ("--runtime", "io.containerd.husk.v2")
 IMAGE = base.PLACE / "image"
 COUNT = itertools.count(1)
 KIND, SANDBOX = "io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"
@@ -63,9 +62,31 @@ class Runc:
         run("runc", "delete", "-f", ident)
 
 
-class Husk:
-    """husk, by ctr."""
+class RuncShim:
+    """runc by its shim and ctr, for what is the shim's part."""
+    name = "shim"
+    runtime = ("--runtime", "io.containerd.runc.v2")
+
+    def start(self, spec, ident):
+        """Starts a container and leaves it running."""
+        run(*CTR, "run", "-d", *_config(spec, ident), *self.runtime, ident, timeout=LIMIT)
+
+    def remove(self, ident):
+        """Ends and removes a container, or what is left of it."""
+        run(*CTR, "tasks", "rm", "-f", ident, check=False)
+        run(*CTR, "containers", "rm", ident)
+
+
+def _config(spec, ident):
+    path = base.PLACE / f"{ident}.json"
+    path.write_text(json.dumps(spec))
+    return ("--config", path)
+
+
+class Husk(RuncShim):
+    """husk, by ctr, in a pod."""
     name = "husk"
+    runtime = ("--runtime", "io.containerd.husk.v2")
 
     def __init__(self):
         self.sandbox = f"contract{next(COUNT)}"
@@ -75,31 +96,27 @@ class Husk:
         spec["annotations"] = {KIND: "sandbox", SANDBOX: self.sandbox}
         spec["linux"]["cgroupsPath"] = f"/husk-test/{self.sandbox}"
         with rootfs(self.sandbox) as spec["root"]["path"]:
-            self._start(spec, self.sandbox)
+            super().start(spec, self.sandbox)
         return self
 
     def __exit__(self, *_):
         self.remove(self.sandbox)
-
-    def _config(self, spec, ident):
-        path = base.PLACE / f"{ident}.json"
-        path.write_text(json.dumps(spec))
-        return ("--config", path)
-
-    def _start(self, spec, ident):
-        run(*CTR, "run", "-d", *self._config(spec, ident), *HUSK, ident, timeout=LIMIT)
 
     def _member(self, spec):
         return {**spec, "annotations": {KIND: "container", SANDBOX: self.sandbox}}
 
     def command(self, spec, ident, single=False):
         """Runs a container to its end."""
+        return self.raw(spec if single else self._member(spec), ident)
+
+    def raw(self, spec, ident):
+        """Runs a container to its end, by the spec as it is."""
         tty = ["--tty"] if spec["process"].get("terminal") else []
-        return (*CTR, "run", "--rm", *tty, *self._config(spec if single else self._member(spec), ident), *HUSK, ident)
+        return (*CTR, "run", "--rm", *tty, *_config(spec, ident), *self.runtime, ident)
 
     def start(self, spec, ident):
         """Starts a container and leaves it running."""
-        self._start(self._member(spec), ident)
+        super().start(self._member(spec), ident)
 
     def exec(self, ident, args, terminal=False):
         """Runs a process in a running container."""
@@ -108,11 +125,6 @@ class Husk:
     def kill(self, ident, signal):
         """Sends a signal to a container's first process."""
         run(*CTR, "tasks", "kill", "-s", signal, ident)
-
-    def remove(self, ident):
-        """Ends and removes a container."""
-        run(*CTR, "tasks", "rm", "-f", ident)
-        run(*CTR, "containers", "rm", ident)
 
 
 @contextlib.contextmanager
@@ -128,7 +140,7 @@ def rootfs(ident):
         finally:
             run("umount", folder / "rootfs")
     finally:
-        shutil.rmtree(folder)
+        run("rm", "-rf", folder)  # However deep a mount's destination was.
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use super::SpecError;
 
 /// Largest config.json in bytes; those with long seccomp profiles have some ten thousand.
-const MAX_SIZE: u64 = 8 << 20;
+pub(crate) const MAX_SIZE: u64 = 8 << 20;
 
 /// What a container is to its pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +28,11 @@ pub(crate) fn load(directory: &Path) -> Result<Spec, SpecError> {
     let path = directory.join("config.json");
     let mut text = Vec::new();
     File::open(&path)
-        .and_then(|file| file.take(MAX_SIZE).read_to_end(&mut text))
+        .and_then(|file| file.take(MAX_SIZE + 1).read_to_end(&mut text))
         .map_err(|source| SpecError::Read { path: path.clone(), source })?;
+    if text.len() as u64 > MAX_SIZE {
+        return Err(SpecError::TooLarge(path));
+    }
     serde_json::from_slice(&text).map_err(|source| SpecError::Parse { path, source })
 }
 

@@ -4,7 +4,11 @@ pub(crate) mod annotations;
 pub(crate) mod block;
 pub(crate) mod guest;
 pub(crate) mod load;
+#[cfg(test)]
+mod malformed_tests;
 pub(crate) mod mounts;
+#[cfg(test)]
+mod refusals_tests;
 pub(crate) mod resources;
 pub(crate) mod sandbox;
 pub(crate) mod size;
@@ -36,6 +40,9 @@ pub(crate) enum SpecError {
         #[source]
         source: serde_json::Error,
     },
+    /// It is longer than any need be.
+    #[error("{path} is longer than {max} bytes", path = .0.display(), max = load::MAX_SIZE)]
+    TooLarge(PathBuf),
     /// The guest's spec can't be written.
     #[error("cannot write the guest's OCI spec")]
     Encode(#[source] serde_json::Error),

@@ -10,14 +10,14 @@ use super::{SpecError, annotations};
 use crate::config::Config;
 use crate::storage::Propagation;
 
-const SANDBOX: &str = "f00d";
+pub(super) const SANDBOX: &str = "f00d";
 
 fn spec(value: Value) -> Spec {
     serde_json::from_value(value).unwrap()
 }
 
 /// A container's spec as containerd 1.6's CRI plugin writes it.
-fn member() -> Value {
+pub(super) fn member() -> Value {
     let sandboxes = format!("/var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes/{SANDBOX}");
     let shm = format!("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/{SANDBOX}/shm");
     json!({
