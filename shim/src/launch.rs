@@ -41,9 +41,6 @@ pub(crate) enum LaunchError {
     /// The id.
     #[error(transparent)]
     Id(#[from] IdError),
-    /// The bundle's spec.
-    #[error(transparent)]
-    Spec(#[from] SpecError),
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -93,9 +90,10 @@ pub(crate) fn start(flags: &Flags) -> Result<(), LaunchError> {
     let (options, protocol) = parameters(flags, &input)?;
     let id = Id::parse(&options.id)?;
     let bundle = Path::new(".");
-    let address = match role(bundle)? {
-        Role::Member(sandbox) => running_daemon(&options, &Id::parse(&sandbox)?)?,
-        Role::Sandbox | Role::Single => start_daemon(&options, &id)?,
+    let address = match role(bundle) {
+        Ok(Role::Member(sandbox)) => running_daemon(&options, &Id::parse(&sandbox)?)?,
+        // A spec that can't be used is refused by a daemon, at the creation: only there containerd takes the kind of an error.
+        Ok(Role::Sandbox | Role::Single) | Err(_) => start_daemon(&options, &id)?,
     };
     // containerd 1.6 reads the address from here after its own restart.
     fs::write(bundle.join("address"), &address).map_err(LaunchError::Answer)?;

@@ -67,20 +67,20 @@ class RuncShim:
     name = "shim"
     runtime = ("--runtime", "io.containerd.runc.v2")
 
+    def config(self, spec, ident):
+        """ctr's words for a spec."""
+        path = base.PLACE / f"{ident}.json"
+        path.write_text(json.dumps(spec))
+        return ("--config", path)
+
     def start(self, spec, ident):
         """Starts a container and leaves it running."""
-        run(*CTR, "run", "-d", *_config(spec, ident), *self.runtime, ident, timeout=LIMIT)
+        run(*CTR, "run", "-d", *self.config(spec, ident), *self.runtime, ident, timeout=LIMIT)
 
     def remove(self, ident):
         """Ends and removes a container, or what is left of it."""
         run(*CTR, "tasks", "rm", "-f", ident, check=False)
         run(*CTR, "containers", "rm", ident)
-
-
-def _config(spec, ident):
-    path = base.PLACE / f"{ident}.json"
-    path.write_text(json.dumps(spec))
-    return ("--config", path)
 
 
 class Husk(RuncShim):
@@ -112,7 +112,7 @@ class Husk(RuncShim):
     def raw(self, spec, ident):
         """Runs a container to its end, by the spec as it is."""
         tty = ["--tty"] if spec["process"].get("terminal") else []
-        return (*CTR, "run", "--rm", *tty, *_config(spec, ident), *self.runtime, ident)
+        return (*CTR, "run", "--rm", *tty, *self.config(spec, ident), *self.runtime, ident)
 
     def start(self, spec, ident):
         """Starts a container and leaves it running."""

@@ -50,14 +50,22 @@ pub fn main() -> ! {
             Ok(never) => match never {},
             Err(Ended::Done) => 0,
             Err(Ended::Failed(fault)) => {
-                // A message has its size; a cause may quote what the pod's author wrote.
-                let cause = fault.to_string().chars().take(MAX_CAUSE).collect();
-                let _ = control.report(&Report::Failed { cause }, &[]);
+                let _ = control.report(&Report::Failed { cause: shorten(&fault.to_string()) }, &[]);
                 FAILED
             }
         },
     };
     std::process::exit(code)
+}
+
+/// A message has its size, and a cause may quote what the pod's author wrote: what is too long loses its middle.
+fn shorten(cause: &str) -> String {
+    let characters: Vec<char> = cause.chars().collect();
+    if characters.len() <= MAX_CAUSE {
+        return cause.to_owned();
+    }
+    let (head, tail) = (&characters[..MAX_CAUSE / 2], &characters[characters.len() - MAX_CAUSE / 2 + 3..]);
+    head.iter().chain(&['.', '.', '.']).chain(tail).collect()
 }
 
 /// The agent's socket came as descriptor 0, where the process's own input will be: moves it out of the way.
@@ -401,4 +409,17 @@ fn make_pause(control: &Channel) -> Result<Infallible, Ended> {
     control.report(&Report::Ready, &[]).map_err(|e| Fault::new(e.to_string()))?;
     // The socket stays open, unused: closing it means owning it, and the agent has closed its end.
     pause::reap_for_ever()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MAX_CAUSE, shorten};
+
+    #[test]
+    fn a_long_cause_keeps_its_ends() {
+        assert_eq!(shorten("mount /x: no"), "mount /x: no");
+        let short = shorten(&format!("mount /{}: file name too long", "ä".repeat(5000)));
+        assert_eq!(short.chars().count(), MAX_CAUSE);
+        assert!(short.starts_with("mount /ä") && short.ends_with("ä: file name too long"), "{short}");
+    }
 }

@@ -349,6 +349,9 @@ impl Pod {
     /// Thaws a container.
     pub(crate) async fn resume(&self, id: &str) -> Result<(), Error> {
         let (container, machine) = self.guest(id, "resume")?;
+        if !container.is_paused() {
+            return Err(Error::State { doing: "resume", id: id.to_owned(), state: "running" });
+        }
         machine.agent.resume(id).await?;
         container.set_paused(false);
         self.around.publisher.publish(TaskResumed { container_id: id.to_owned(), ..Default::default() }).await;

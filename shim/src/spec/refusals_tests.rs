@@ -12,6 +12,7 @@ fn all() -> Vec<SpecError> {
         SpecError::Read { path: "P".into(), source: io() },
         SpecError::Parse { path: "P".into(), source: json() },
         SpecError::TooLarge("P".into()),
+        SpecError::SandboxOptions { found: "X".to_owned(), wanted: "X" },
         SpecError::Missing("X"),
         SpecError::HostNamespace("X"),
         SpecError::UserNamespace,
@@ -34,6 +35,7 @@ fn all() -> Vec<SpecError> {
             SpecError::Read { .. }
             | SpecError::Parse { .. }
             | SpecError::TooLarge(_)
+            | SpecError::SandboxOptions { .. }
             | SpecError::Missing(_)
             | SpecError::HostNamespace(_)
             | SpecError::UserNamespace
@@ -50,8 +52,11 @@ fn all() -> Vec<SpecError> {
             | SpecError::UnknownAnnotation(_)
             | SpecError::AnnotationValue { .. }
             | SpecError::MemoryLimit { .. } => {}
-            // Our own failure, not the author's; and below, each by its words.
-            SpecError::Encode(_) | SpecError::Mount { .. } => {}
+            // Our own or containerd's failure, not the author's; and below, each by its words.
+            SpecError::Encode(_)
+            | SpecError::SandboxConfig(_)
+            | SpecError::PodFile { .. }
+            | SpecError::Mount { .. } => {}
         }
     }
     all

@@ -189,8 +189,8 @@ pub(crate) fn pipes() -> (Stdio, PipeReader) {
     (Stdio::Fds { stdin: stdin.into(), stdout: writer.into(), stderr: stderr.into() }, reader)
 }
 
-const APPLETS: [&str; 38] = [
+const APPLETS: [&str; 39] = [
     "sh", "cat", "echo", "ls", "id", "hostname", "touch", "mkdir", "mknod", "dd", "sleep", "readlink", "test", "tty",
     "stty", "wc", "grep", "head", "tail", "stat", "mount", "umount", "true", "false", "ps", "kill", "env", "pwd",
-    "chmod", "chown", "ln", "rm", "sort", "sysctl", "nproc", "find", "tr", "cut",
+    "chmod", "chown", "ln", "rm", "sort", "sysctl", "nproc", "find", "tr", "cut", "ionice",
 ];

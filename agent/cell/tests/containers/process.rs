@@ -10,6 +10,8 @@ use crate::harness::{Bundle, wait};
 pub(crate) const TESTS: &[(&str, fn())] = &[
     ("process::exec_errors", exec_errors),
     ("process::environment", environment),
+    ("process::scheduling", scheduling),
+    ("process::time_offsets", time_offsets),
     ("process::descriptors", descriptors),
     ("process::capabilities", capabilities),
     ("process::seccomp", seccomp),
@@ -53,6 +55,39 @@ fn environment() {
     let (text, _) = bundle.run(&spec).unwrap();
     assert!(text.starts_with("1000\n1000\n1000 5 6\n0077\n/home/web\n1024\n2048\n500\ncell\n1\n"), "{text}");
     assert!(text.contains("A=b c") && !text.contains("CARGO"), "{text}");
+}
+
+fn scheduling() {
+    let bundle = Bundle::new("scheduling");
+    let mut spec = bundle.spec("cut -d' ' -f19,41 /proc/self/stat; ionice; grep SigIgn /proc/self/status; echo $TWICE");
+    spec["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 7});
+    spec["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
+    spec["process"]["env"] = json!(["PATH=/bin", "TWICE=first", "TWICE=second"]);
+    let (text, _) = bundle.run(&spec).unwrap();
+    // SCHED_BATCH is 3 (linux/sched.h). No signal is ignored, whatever the C library left so.
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines[0], "7 3", "{text}");
+    assert!(lines[1].ends_with("prio 6") && lines[2].ends_with("\t0000000000000000"), "{text}");
+    assert_eq!(lines[3], "second", "{text}");
+    spec["process"]["ioPriority"]["priority"] = json!(8);
+    let error = bundle.run(&spec).unwrap_err().to_string();
+    assert!(error.contains("I/O priority 8"), "{error}");
+}
+
+fn time_offsets() {
+    let bundle = Bundle::new("time");
+    let mut spec = bundle.spec("cat /proc/uptime; sleep 1000");
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "time"}));
+    spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1_000_000, "nanosecs": 1}, "monotonic": {"secs": 5}});
+    let container = bundle.create(&spec).unwrap();
+    let process =
+        json!({"user": {"uid": 0, "gid": 0}, "args": ["cat", "/proc/uptime"], "env": ["PATH=/bin"], "cwd": "/"});
+    let (text, _) = bundle.exec(&container, &process).unwrap();
+    let uptime: f64 = text.split(' ').next().unwrap().parse().unwrap();
+    assert!(uptime > 1_000_000.0, "{text}");
+    spec["linux"]["timeOffsets"] = json!({"realtime": {"secs": 1}});
+    let Err(error) = bundle.create(&spec) else { panic!("there is no offset of the wall clock") };
+    assert!(error.to_string().contains("realtime"), "{error}");
 }
 
 fn descriptors() {
