@@ -30,7 +30,8 @@ DEVICES = Case("devices", _devices, [
 
 BASE = Case("machine", plain, [
     Row("every mount", "cat /proc/self/mountinfo", mountinfo), Row("hostname", "hostname; cat /proc/sys/kernel/hostname"),
-    Row("cgroup", "cat /proc/self/cgroup"), Row("processes", "ps -o comm | grep -vE 'ps|grep|sort' | sort -u"),
+    # "exe" is runc itself, until it has become the process of an exec.
+    Row("cgroup", "cat /proc/self/cgroup"), Row("processes", "ps -o comm | grep -vE 'ps|grep|sort|^exe$' | sort -u"),
     Row("network", "ip -o link | cut -d' ' -f2,3 | cut -d, -f1,2; ip -4 -o addr | tr -s ' ' | cut -d' ' -f2-4"),
     Row("/proc/sys is read-only", "echo x > /proc/sys/kernel/hostname; echo 1 > /proc/sys/net/ipv4/ip_forward; echo b > /proc/sysrq-trigger"),
     Row("secrets of /proc are hidden", "wc -c < /proc/keys; wc -c < /proc/timer_list; test -s /proc/kcore || echo hidden or not there"),
