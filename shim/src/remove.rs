@@ -29,7 +29,7 @@ pub(crate) enum RemoveError {
 pub(crate) fn delete(flags: &Flags) -> Result<Vec<u8>, RemoveError> {
     let id = Id::parse(&flags.id)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(RemoveError::Runtime)?;
-    runtime.block_on(recover::delete(&id));
+    runtime.block_on(recover::delete(&id, &flags.namespace));
     let exit = Exit::killed();
     let response = DeleteResponse {
         exit_status: exit.status,

@@ -21,10 +21,14 @@ const KILL_LIMIT: Duration = Duration::from_secs(5);
 /// Longest wait for the pod's cgroup to be empty.
 const CGROUP_LIMIT: Duration = Duration::from_secs(5);
 
-/// Takes back what pod `id` has on this host. Nothing there is success: containers of a pod have nothing of their own.
-pub(crate) async fn delete(id: &Id) {
+/// Takes back what pod `id` of containerd's `namespace` has on this host. Nothing there is success: containers of a pod have nothing of
+/// their own, and a pod of the same id that was refused has nothing either.
+pub(crate) async fn delete(id: &Id, namespace: &str) {
     let directory = Directory::of(id);
     match directory.read() {
+        Ok(Some(record)) if record.namespace != namespace => {
+            warn!("the pod {id} here is of the namespace {}, not of {namespace}: it is left alone", record.namespace);
+        }
         Ok(Some(record)) => clean(&directory, &record).await,
         Ok(None) => {}
         Err(error) => warn!("{}", chain(&error)),
