@@ -2,9 +2,9 @@
 pod lives on, and nothing is left (the runner looks after every test). Broken JSON, which containerd itself never passes on, is for
 shim/src/spec/malformed_tests.rs."""
 
-import pathlib
 import contextlib
 import json
+import pathlib
 import re
 import time
 
