@@ -11,7 +11,7 @@ import tempfile
 import time
 
 from harness.command import output, run
-from harness.crictl import HANDLER, pod
+from harness.crictl import HANDLER, pids, pod
 from harness.runner import deadline
 
 DOCUMENT = pathlib.Path(__file__).resolve().parent.parent.parent / "vmm/docs/files.md"
@@ -116,3 +116,42 @@ def test_operations_as_on_local_files(containerd):
     print(f"{len(keys)} operations, {len(found)} differ", flush=True)
     assert not new, "not as on the host:\n" + "\n".join(" ".join(row) for row in new)
     assert not gone, "a documented difference is none any more:\n" + "\n".join(" ".join(row) for row in gone)
+
+
+@deadline(200)
+def test_many_files_walked_need_few_descriptors():
+    """A walk over more files than are kept at hand leaves husk-fs with a bounded number of descriptors, with handles (tmpfs) and without
+    (overlay), and every file can still be read."""
+    number = int(os.environ.get("HUSK_TEST_FILES", 6000))
+    with tempfile.TemporaryDirectory(dir="/run/husk-test") as base, contextlib.ExitStack() as stack:
+        with_handles = stack.enter_context(mounted(f"{base}/tmpfs", "-t", "tmpfs", "many"))
+        for part in ("lower", "upper", "work"):
+            os.makedirs(f"{with_handles}/{part}")
+        for file in range(number):
+            folder = f"{with_handles}/lower/{file // 500}"
+            if file % 500 == 0:
+                os.makedirs(folder)
+            pathlib.Path(folder, str(file)).write_text("x")
+        options = ",".join(f"{part}dir={with_handles}/{part}" for part in ("lower", "upper", "work"))
+        without = stack.enter_context(mounted(f"{base}/overlay", "-t", "overlay", "-o", options, "many"))
+        with pod() as it:
+            box = it.start(["sleep", "1000"], mounts=[{"host_path": f"{with_handles}/lower", "container_path": "/handles"},
+                                                      {"host_path": without, "container_path": "/names"}])
+            daemon = pathlib.Path(f"/proc/{pids('husk-fs')[0]}")
+            for folder in ("/names", "/handles"):
+                before = _held(daemon)
+                assert box.exec("sh", "-c", f"find {folder} -type f -size -2 | wc -l", timeout=190) == str(number)
+                after = _held(daemon)
+                print(f"{folder}: {number} files, descriptors {before[0]} then {after[0]}, resident {before[1]} KiB then {after[1]} KiB", flush=True)
+                assert after[0] < 4300, after
+                assert after[1] - before[1] < number + 4096, "more than 1 KiB a file"
+            # The first ones are long cold.
+            assert box.exec("sh", "-c", "cat /names/0/1* /handles/0/2* | wc -c") == "222"
+            box.exec("sh", "-c", "mv /names/0 /names/zero; rm /names/zero/7; mv /names/zero/8 /names/1/eight")
+            assert box.exec("sh", "-c", "ls /names/zero | wc -l; cat /names/1/eight /names/zero/9") == "498\nxx"
+
+
+def _held(daemon):
+    """Descriptors of a process, and its resident memory in KiB."""
+    status = dict(line.split(":", 1) for line in (daemon / "status").read_text().splitlines())
+    return len(os.listdir(daemon / "fd")), int(status["VmRSS"].split()[0])

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
+use crate::inode::Node;
 use crate::sys::{self, Errno};
-use crate::tree::{Node, lock};
+use crate::tree::lock;
 use crate::wire::HostDirent;
 
 /// Bytes of host entries read at once.

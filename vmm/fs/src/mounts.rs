@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 
 use crate::sys::handle::FileHandle;
 use crate::sys::node::{self, Statx};
@@ -20,6 +20,8 @@ pub struct Mount {
     anchor: Option<OwnedFd>,
     /// Whether files are named by handle here.
     handles: bool,
+    /// Held to change names where files are reached by them, shared by who goes by names.
+    names: RwLock<()>,
     /// Whether it is read-only. A file seen both ways is two nodes, so that no right leaks from one way to the other.
     pub readonly: bool,
     /// Whether FLUSH has to reach the host.
@@ -44,9 +46,25 @@ impl Mount {
         Ok(Self {
             anchor,
             handles,
+            names: RwLock::default(),
             readonly: figures.f_flags as u64 & libc::ST_RDONLY != 0,
             flush: LATE_ERRORS.contains(&(figures.f_type as i64)),
         })
+    }
+
+    /// Whether files are named by handle here.
+    pub fn has_handles(&self) -> bool {
+        self.handles
+    }
+
+    /// While it lives no name changes (by the guest). Not to be asked for twice by one thread.
+    pub(crate) fn names_hold(&self) -> RwLockReadGuard<'_, ()> {
+        self.names.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// While it lives nobody goes by names.
+    pub(crate) fn names_change(&self) -> RwLockWriteGuard<'_, ()> {
+        self.names.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The handle of `fd`, which lies on this mount; `None` where descriptors must do.

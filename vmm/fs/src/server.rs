@@ -9,11 +9,12 @@ use zerocopy::{FromZeros, IntoBytes};
 
 use crate::buffers::Buffers;
 use crate::handles::Handles;
+use crate::inode::Node;
 use crate::names::Name;
 use crate::sys::node::Statx;
 use crate::sys::open::SelfFd;
 use crate::sys::{self, Errno};
-use crate::tree::{Limits, Node, Tree};
+use crate::tree::{Limits, Tree};
 use crate::wire::{Attr, Body, EntryOut, InHeader, OutHeader, WriteIn, encode_device, opcode};
 use crate::worker::Worker;
 

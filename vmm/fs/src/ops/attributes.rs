@@ -4,10 +4,10 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use super::put;
+use crate::inode::Node;
 use crate::server::{Request, Server, attributes};
 use crate::sys::node::Statx;
 use crate::sys::{self, Errno, io, node, xattr};
-use crate::tree::Node;
 use crate::wire::{self, AttrOut, GETATTR_FH, GetattrIn, SetattrIn, StatxIn, StatxOut, SxTime, fattr};
 
 impl Server {

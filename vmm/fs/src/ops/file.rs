@@ -7,10 +7,11 @@ use super::put;
 use crate::buffers::Buffers;
 use crate::cache::{Policy, Stamp};
 use crate::handles::OpenFile;
+use crate::inode::Node;
 use crate::server::{MOST_DATA, Request, Server};
 use crate::sys::node::Statx;
 use crate::sys::{self, Errno, io, node};
-use crate::tree::{Node, lock};
+use crate::tree::lock;
 use crate::wire::{
     CopyFileRangeIn, FSYNC_FDATASYNC, FallocateIn, FlushIn, FsyncIn, InHeader, LseekIn, LseekOut, OPEN_KILL_SUIDGID,
     OpenIn, OpenOut, OutHeader, ReadIn, ReleaseIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn, WriteOut, fopen,

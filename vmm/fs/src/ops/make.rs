@@ -6,9 +6,10 @@ use std::sync::Arc;
 use super::put;
 use crate::cache::Policy;
 use crate::handles::OpenFile;
+use crate::inode::{Found, Node};
+use crate::names::Name;
 use crate::server::{Request, Server, entry, take_name};
 use crate::sys::{self, Errno, node, open};
-use crate::tree::{Found, Node};
 use crate::wire::{CreateIn, MkdirIn, MknodIn, OPEN_KILL_SUIDGID, decode_device};
 use crate::worker::Worker;
 
@@ -70,7 +71,7 @@ impl Server {
             open::create_at(fd.as_fd(), name.as_cstr(), host, mode)
         });
         match new {
-            Ok(new) => self.created(&parent, parent.policy.below(name.as_cstr().to_bytes()), new, flags, out),
+            Ok(new) => self.created(&parent, Some(name), new, flags, out),
             // Somebody on the host was faster. It is opened like any other file, and only if it is a regular one.
             Err(Errno::EEXIST) if flags as i32 & libc::O_EXCL == 0 => {
                 let (node, stat) = self.tree.lookup(&parent, name)?;
@@ -93,19 +94,19 @@ impl Server {
         let fd = self.tree.fd(&parent)?;
         let new = worker
             .create_as(request.caller(), mode & PERMISSIONS, umask, |mode| open::tmpfile_at(fd.as_fd(), host, mode))?;
-        self.created(&parent, parent.policy.below(b""), new, flags, out)
+        self.created(&parent, None, new, flags, out)
     }
 
     fn created(
         &self,
         parent: &Arc<Node>,
-        policy: Policy,
+        name: Option<Name<'_>>,
         fd: OwnedFd,
         flags: u32,
         out: &mut Vec<u8>,
     ) -> sys::Result<()> {
         let fd = Arc::new(fd);
-        let (node, stat) = self.tree.enter(Found::Real(fd.clone()), policy)?;
+        let (node, stat) = self.tree.enter(Found::Real(fd.clone()), parent, name)?;
         let file = OpenFile::new(node.clone(), fd, flags);
         let opened = self.opened(file, &stat).inspect_err(|_| self.tree.forget(node.id, 1))?;
         put(out, &entry(parent, &node, &stat));

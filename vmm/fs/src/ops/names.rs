@@ -3,9 +3,9 @@
 use std::os::fd::AsFd;
 
 use super::put;
+use crate::inode::Node;
 use crate::server::{Request, Server, entry, take_name};
 use crate::sys::{self, Errno, node};
-use crate::tree::Node;
 use crate::wire::{EntryOut, LinkIn, Rename2In, RenameIn};
 
 /// The flags of renameat2(2) that are let through.
@@ -38,7 +38,7 @@ impl Server {
     pub(crate) fn unlink(&self, request: &mut Request<'_>, flags: i32) -> sys::Result<()> {
         let parent = self.node(request)?;
         let name = take_name(&mut request.body)?;
-        node::unlink(self.tree.fd(&parent)?.as_fd(), name.as_cstr(), flags)
+        self.tree.unlink(&parent, name, flags)
     }
 
     pub(crate) fn rename(&self, request: &mut Request<'_>) -> sys::Result<()> {
@@ -57,7 +57,7 @@ impl Server {
     fn rename_to(&self, request: &mut Request<'_>, newdir: u64, flags: u32) -> sys::Result<()> {
         let (from, to) = (self.node(request)?, self.tree.get(newdir)?);
         let (old, new) = (take_name(&mut request.body)?, take_name(&mut request.body)?);
-        node::rename(self.tree.fd(&from)?.as_fd(), old.as_cstr(), self.tree.fd(&to)?.as_fd(), new.as_cstr(), flags)
+        self.tree.rename((&from, old), (&to, new), flags)
     }
 
     pub(crate) fn link(&self, request: &mut Request<'_>, out: &mut Vec<u8>) -> sys::Result<()> {
