@@ -115,20 +115,6 @@ def ended(side, case, running):
             return process.wait(sides.LIMIT)
 
 
-@contextlib.contextmanager
-def _running(side):
-    """A container for processes whose end is compared."""
-    ident = f"{side.name}{next(sides.COUNT)}"
-    spec = base.spec()
-    spec["process"]["args"] = ["sleep", "1000"]
-    with sides.rootfs(ident) as root:
-        side.start(sides.finished(spec, ident, root), ident)
-        try:
-            yield ident
-        finally:
-            side.remove(ident)
-
-
 def compare(group):
     """Compares every row of a group; fails with the list of those that differ."""
     cases = GROUPS[group]
@@ -137,7 +123,7 @@ def compare(group):
         both = (sides.Runc(), husk)
         running = {}
         if any(isinstance(case, Ends) and case.by == "exec" for case in cases):
-            running = {side.name: stack.enter_context(_running(side)) for side in both}
+            running = {side.name: stack.enter_context(sides.sleeping(side)) for side in both}
         for case in cases:
             if isinstance(case, Refused):
                 wrong += [(case.name, problem) for problem in (refused(side, case) for side in both) if problem]

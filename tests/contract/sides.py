@@ -213,3 +213,17 @@ def on_terminal(command):
         finally:
             os.close(master)
         return process.wait(LIMIT), re.sub("\r+\n", "\n", seen.decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def sleeping(side):
+    """A container that sleeps; gives its id."""
+    ident = f"{side.name}{next(COUNT)}"
+    spec = base.spec()
+    spec["process"]["args"] = ["sleep", "1000"]
+    with rootfs(ident) as root:
+        side.start(finished(spec, ident, root), ident)
+        try:
+            yield ident
+        finally:
+            side.remove(ident)

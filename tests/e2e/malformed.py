@@ -2,7 +2,6 @@
 pod lives on, and nothing is left (the runner looks after every test). Broken JSON, which containerd itself never passes on, is for
 shim/src/spec/malformed_tests.rs."""
 
-import contextlib
 import json
 import pathlib
 import re
@@ -133,7 +132,7 @@ IDS = ("a/b", "..", "../x", ".", "-x", "x-", "a..b", "a b", "a\tb", "ä", "x" * 
 
 def test_ids():
     """Ids with slashes, dots, blanks, or of 300 bytes are InvalidArgument for containers and for execs, before anything is made."""
-    with sides.place(), sides.Husk() as husk, _sleeping(husk) as ident:
+    with sides.place(), sides.Husk() as husk, sides.sleeping(husk) as ident:
         for bad in IDS:
             done = run(*sides.CTR, "run", "-d", "--null-io", "--runtime", "io.containerd.husk.v2", "husk.test/busybox:1", bad, "true", check=False)
             assert kind(done) == "invalid argument", (bad, done.stderr)
@@ -144,20 +143,6 @@ def test_ids():
         assert done.stdout == "longest\n", done.stderr
 
 
-@contextlib.contextmanager
-def _sleeping(side):
-    """A container that sleeps."""
-    ident = f"states{next(sides.COUNT)}"
-    spec = base.spec()
-    spec["process"]["args"] = ["sleep", "1000"]
-    with sides.rootfs(ident) as root:
-        side.start(sides.finished(spec, ident, root), ident)
-        try:
-            yield ident
-        finally:
-            side.remove(ident)
-
-
 def _states(side):
     """Calls in wrong states and of what is not there, and how each ends; the container is one that runs."""
     said = {}
@@ -166,7 +151,7 @@ def _states(side):
         done = run(*sides.CTR, *words, check=False, stdin="", timeout=60)
         said[name] = kind(done)
 
-    with _sleeping(side) as ident:
+    with sides.sleeping(side) as ident:
         call("start what runs", "tasks", "start", "-d", ident)
         call("a second container of the id", "run", "-d", "--null-io", *side.runtime, "husk.test/busybox:1", ident, "true")
         call("delete what runs", "tasks", "rm", ident)
