@@ -23,6 +23,7 @@ mod shutdown;
 mod stats;
 mod stdio;
 mod sysctl;
+mod user;
 
 use std::fmt::Display;
 use std::os::fd::OwnedFd;

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::RawFd;
 
 use futures::{StreamExt, TryStreamExt};
 use husk_agent_api::agent::{Interface, StartPodRequest};
@@ -118,6 +119,25 @@ fn renumber(route: &mut RouteMessage, links: &[Link]) -> Result<(), NetError> {
             RouteAttribute::MultiPath(hops) => hops.iter_mut().try_for_each(|hop| change(&mut hop.interface_index))?,
             _ => {}
         }
+    }
+    Ok(())
+}
+
+/// Moves interfaces, by their addresses, to another network namespace.
+pub(crate) async fn move_to(interfaces: &[Interface], namespace: RawFd) -> Result<(), NetError> {
+    if interfaces.is_empty() {
+        return Ok(());
+    }
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetError::Socket)?;
+    tokio::spawn(connection);
+    let links = list(&handle).await?;
+    for interface in interfaces {
+        let mac = parse_mac(&interface.mac)?;
+        let link = links.iter().find(|link| link.mac == mac && link.index != LOOPBACK);
+        // One that is not there is told when it is configured.
+        let Some(link) = link else { continue };
+        let message = LinkUnspec::new_with_index(link.index).setns_by_fd(namespace).build();
+        handle.link().set(message).execute().await.map_err(doing(|| format!("move {}", link.name)))?;
     }
     Ok(())
 }

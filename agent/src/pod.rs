@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use crate::net::{self, NetError};
 use crate::sysctl::{self, SysctlError};
+use crate::user::{self, UserError};
 
 /// Most bytes of entropy taken at once.
 const ENTROPY_MAX: usize = 512;
@@ -43,6 +44,8 @@ pub(crate) enum PodError {
     Sysctl(#[from] SysctlError),
     #[error("Could not set the network up")]
     Net(#[from] NetError),
+    #[error("Could not set the pod's user namespace up")]
+    User(#[from] UserError),
 }
 
 /// Sets up everything that the request names. The network is configured while the shared files are being mounted.
@@ -53,14 +56,20 @@ pub(crate) async fn start(request: &StartPodRequest) -> Result<(), PodError> {
     if !request.entropy.is_empty() {
         add_entropy(&request.entropy)?;
     }
-    if !request.hostname.is_empty() {
+    let user_namespace = request.user_namespace.as_ref();
+    if let Some(map) = user_namespace {
+        user::enter(map, request).await?;
+    } else if !request.hostname.is_empty() {
         nix::unistd::sethostname(&request.hostname)
             .map_err(|source| PodError::Hostname { name: request.hostname.clone(), source })?;
     }
     let network = async {
         net::configure(request).await?;
         // After the interfaces, whose own parameters may be among them.
-        sysctl::set_all(&request.sysctls)?;
+        match user_namespace {
+            None => sysctl::set_all(&request.sysctls)?,
+            Some(_) => sysctl::set_all(&user::network_parameters(&request.sysctls))?,
+        }
         Ok(())
     };
     tokio::try_join!(mount_shared(request.shared_tag.clone()), network)?;

@@ -40,7 +40,7 @@ pub(crate) fn set_all(parameters: &HashMap<String, String>) -> Result<(), Sysctl
 }
 
 fn set(name: &str, value: &str) -> Result<(), SysctlError> {
-    let path = path(name).ok_or_else(|| SysctlError::Name(name.to_owned()))?;
+    let path = path(name)?;
     fs::write(format!("/proc/sys/{path}"), value).map_err(|source| SysctlError::Write {
         name: name.to_owned(),
         value: value.to_owned(),
@@ -49,7 +49,7 @@ fn set(name: &str, value: &str) -> Result<(), SysctlError> {
 }
 
 /// The path below /proc/sys of a name with dots, or with slashes where a component has dots of its own (sysctl(8)).
-fn path(name: &str) -> Option<String> {
+pub(crate) fn path(name: &str) -> Result<String, SysctlError> {
     let slashes = name.find(['.', '/']).is_some_and(|first| name.as_bytes()[first] == b'/');
     let path = if slashes { name.to_owned() } else { name.replace('.', "/") };
     let plain = |part: &str| {
@@ -57,7 +57,7 @@ fn path(name: &str) -> Option<String> {
             && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.'))
     };
     let allowed = IPC.contains(&path.as_str()) || path.starts_with("fs/mqueue/") || path.starts_with("net/");
-    (allowed && path.split('/').all(plain)).then_some(path)
+    if allowed && path.split('/').all(plain) { Ok(path) } else { Err(SysctlError::Name(name.to_owned())) }
 }
 
 #[cfg(test)]
@@ -66,10 +66,10 @@ mod tests {
 
     #[test]
     fn dots_and_slashes() {
-        assert_eq!(path("net.core.somaxconn").as_deref(), Some("net/core/somaxconn"));
-        assert_eq!(path("net/ipv4/conf/eth0.7/rp_filter").as_deref(), Some("net/ipv4/conf/eth0.7/rp_filter"));
-        assert_eq!(path("kernel.shmmax").as_deref(), Some("kernel/shmmax"));
-        assert_eq!(path("kernel.shm_rmid_forced").as_deref(), Some("kernel/shm_rmid_forced"));
+        assert_eq!(path("net.core.somaxconn").unwrap(), "net/core/somaxconn");
+        assert_eq!(path("net/ipv4/conf/eth0.7/rp_filter").unwrap(), "net/ipv4/conf/eth0.7/rp_filter");
+        assert_eq!(path("kernel.shmmax").unwrap(), "kernel/shmmax");
+        assert_eq!(path("kernel.shm_rmid_forced").unwrap(), "kernel/shm_rmid_forced");
     }
 
     #[test]
@@ -85,7 +85,7 @@ mod tests {
             "net/a b",
             "net.",
         ] {
-            assert_eq!(path(name), None, "{name}");
+            assert!(path(name).is_err(), "{name}");
         }
     }
 }

@@ -5,7 +5,8 @@ use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use oci_spec::runtime::{
-    Apparmor, Arch, Cgroup, Features, LinuxFeature, LinuxNamespaceType, LinuxSeccompAction, Seccomp, Selinux,
+    Apparmor, Arch, Cgroup, Features, IDMap, LinuxFeature, LinuxNamespaceType, LinuxSeccompAction, MountExtensions,
+    Seccomp, Selinux,
 };
 
 use crate::RUNTIME;
@@ -17,7 +18,7 @@ const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/f
 const VERSIONS: [&str; 2] = ["1.0.0", "1.3.0"];
 
 /// Mount options that are done, not ignored (config.md, "Linux mount options").
-const MOUNT_OPTIONS: [&str; 58] = [
+const MOUNT_OPTIONS: [&str; 60] = [
     "async",
     "atime",
     "bind",
@@ -26,6 +27,7 @@ const MOUNT_OPTIONS: [&str; 58] = [
     "diratime",
     "dirsync",
     "exec",
+    "idmap",
     "iversion",
     "lazytime",
     "loud",
@@ -57,6 +59,7 @@ const MOUNT_OPTIONS: [&str; 58] = [
     "rnostrictatime",
     "rnosuid",
     "rnosymfollow",
+    "ridmap",
     "ro",
     "rprivate",
     "rrelatime",
@@ -100,12 +103,14 @@ fn features() -> Features {
             LinuxNamespaceType::Mount,
             LinuxNamespaceType::Network,
             LinuxNamespaceType::Pid,
+            LinuxNamespaceType::User,
             LinuxNamespaceType::Uts,
         ]))
         .set_cgroup(Some(cgroup()))
         .set_seccomp(Some(seccomp()))
         .set_apparmor(Some(apparmor()))
-        .set_selinux(Some(selinux()));
+        .set_selinux(Some(selinux()))
+        .set_mount_extensions(Some(mount_extensions()));
     let mut features = Features::default();
     features
         .set_oci_version_min(VERSIONS[0].to_owned())
@@ -162,6 +167,14 @@ fn selinux() -> Selinux {
     selinux
 }
 
+/// Bind mounts and root file systems with their ids mapped.
+fn mount_extensions() -> MountExtensions {
+    let (mut idmap, mut extensions) = (IDMap::default(), MountExtensions::default());
+    idmap.set_enabled(Some(true));
+    extensions.set_idmap(Some(idmap));
+    extensions
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,6 +186,8 @@ mod tests {
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).unwrap();
         assert!(features["mountOptions"].as_array().unwrap().contains(&"rro".into()));
         assert_eq!(features["linux"]["apparmor"]["enabled"], true);
+        assert!(features["linux"]["namespaces"].as_array().unwrap().contains(&"user".into()));
+        assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], true);
         assert_eq!(features["linux"]["selinux"]["enabled"], false);
     }
 }

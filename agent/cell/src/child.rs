@@ -21,11 +21,11 @@ use nix::{
 use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
 
 use crate::{
-    DEADLINE, devices,
+    DEADLINE, PodNamespaces, devices,
     fault::{Doing, Fault, Step},
     message::{Channel, ChannelError, Instruction, Report, Task},
     mount_options, mounts,
-    namespaces::{self, Plan, join},
+    namespaces::{self, Plan, join, map_text},
     paths, pause,
     process::{self, Streams},
     rootfs, spawn,
@@ -111,9 +111,10 @@ fn first(control: &Channel) -> Result<Infallible, Ended> {
     // Modes are as we give them; the process gets its own umask.
     umask(Mode::empty());
     let Instruction { task, terminal, namespaces, apparmor } = instruction;
-    if matches!(task, Task::Pause) {
-        return make_pause(control);
-    }
+    let task = match task {
+        Task::Pause { pod } => return make_pause(control, pod.as_deref()),
+        other => other,
+    };
     let cgroup = next("the cgroup")?;
     let streams = match terminal {
         None => Some([next("stdin")?, next("stdout")?, next("stderr")?]),
@@ -129,7 +130,7 @@ fn first(control: &Channel) -> Result<Infallible, Ended> {
     match task {
         Task::Create { spec } => make_container(control, &spec, parts),
         Task::Exec { process, seccomp } => make_process(control, &process, seccomp.as_deref(), parts),
-        Task::Pause => Err(Ended::Done),
+        Task::Pause { .. } => Err(Ended::Done),
     }
 }
 
@@ -153,6 +154,21 @@ fn fork(
     }
 }
 
+/// Forks into a new user namespace; the child returns once that has its maps.
+fn fork_mapped(control: &Channel, new: CloneFlags, cgroup: Option<&OwnedFd>, maps: &[String; 2]) -> Result<(), Ended> {
+    let (mapped, tell) = pipe2(OFlag::O_CLOEXEC).doing(|| "make a pipe")?;
+    fork(control, new, cgroup, |pid| {
+        namespaces::write_id_maps(pid, &maps[0], &maps[1])?;
+        std::fs::File::from(tell).write_all(b"m").doing(|| "tell of the maps")
+    })?;
+    let mut byte = [0];
+    // The first process either writes or ends, so this ends.
+    match nix::unistd::read(&mapped, &mut byte).doing(|| "wait for the maps")? {
+        0 => Err(Ended::Done),
+        _ => Ok(()),
+    }
+}
+
 fn make_container(control: &Channel, spec: &Spec, parts: Parts) -> Result<Infallible, Ended> {
     let linux = spec.linux().as_ref();
     let process = spec.process().as_ref().ok_or_else(|| Fault::new("the spec has no process"))?;
@@ -173,23 +189,13 @@ fn make_container(control: &Channel, spec: &Spec, parts: Parts) -> Result<Infall
         plan.new.remove(namespaces::NEWTIME);
     }
     let born_in = (!plan.joins_user()).then_some(&parts.cgroup);
-    let (mapped, maps) = pipe2(OFlag::O_CLOEXEC).doing(|| "make a pipe")?;
-    fork(control, plan.new, born_in, |pid| match linux {
+    match linux {
         Some(linux) if new_user => {
-            namespaces::write_id_maps(pid, linux)?;
-            std::fs::File::from(maps).write_all(b"m").doing(|| "tell of the maps")
+            let maps = [linux.uid_mappings(), linux.gid_mappings()].map(|maps| map_text(maps.as_ref()));
+            fork_mapped(control, plan.new, born_in, &maps)?;
         }
-        _ => Ok(()),
-    })?;
-    if new_user {
-        let mut byte = [0];
-        // The first process either writes or ends, so this ends.
-        let told = nix::unistd::read(&mapped, &mut byte).doing(|| "wait for the maps")?;
-        if told == 0 {
-            return Err(Ended::Done);
-        }
+        _ => fork(control, plan.new, born_in, |_| Ok(()))?,
     }
-    drop(mapped);
     if user_namespace {
         become_root()?;
     }
@@ -372,23 +378,27 @@ fn loopback_up() -> Step<()> {
 /// Writes the spec's kernel parameters through the agent's /proc, for the container's could be anything; what they mean is decided by
 /// our namespaces.
 fn set_sysctls(spec: &Spec, proc: &OwnedFd) -> Step<()> {
-    for (name, value) in spec.linux().iter().flat_map(|l| l.sysctl().iter().flatten()) {
-        let doing = || format!("set sysctl {name}");
-        // A name with slashes has its dots for itself (sysctl(8)).
-        let path = if name.contains('/') { name.clone() } else { name.replace('.', "/") };
-        if path.split('/').any(|part| part.is_empty() || part == "..") {
-            return Err(Fault::new(format!("sysctl name \"{name}\"")));
-        }
-        let file = openat(
-            proc,
-            format!("sys/{path}").as_str(),
-            OFlag::O_WRONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW,
-            Mode::empty(),
-        )
-        .doing(doing)?;
-        std::fs::File::from(file).write_all(value.as_bytes()).doing(doing)?;
+    spec.linux()
+        .iter()
+        .flat_map(|linux| linux.sysctl().iter().flatten())
+        .try_for_each(|(name, value)| set_sysctl(proc, name, value))
+}
+
+fn set_sysctl(proc: &OwnedFd, name: &str, value: &str) -> Step<()> {
+    let doing = || format!("set sysctl {name}");
+    // A name with slashes has its dots for itself (sysctl(8)).
+    let path = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
+    if path.split('/').any(|part| part.is_empty() || part == "..") {
+        return Err(Fault::new(format!("sysctl name \"{name}\"")));
     }
-    Ok(())
+    let file = openat(
+        proc,
+        format!("sys/{path}").as_str(),
+        OFlag::O_WRONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW,
+        Mode::empty(),
+    )
+    .doing(doing)?;
+    std::fs::File::from(file).write_all(value.as_bytes()).doing(doing)
 }
 
 /// The file that takes the profile for the next exec (AppArmor's own since Linux 5.8, else the one shared by all modules).
@@ -400,10 +410,29 @@ fn open_apparmor(proc: &OwnedFd) -> Step<OwnedFd> {
 }
 
 /// The init of the pod's shared pid namespace: in an empty root of its own, so that nothing can be had from it.
-fn make_pause(control: &Channel) -> Result<Infallible, Ended> {
+fn make_pause(control: &Channel, pod: Option<&PodNamespaces>) -> Result<Infallible, Ended> {
     let tree = sys::new_filesystem("tmpfs", Some("tmpfs"), &[], sys::attr::RDONLY)
         .map_err(|(what, errno)| Fault::new(format!("{what}: {errno}")))?;
-    fork(control, CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS, None, |_| Ok(()))?;
+    let new = CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS;
+    match pod {
+        None => fork(control, new, None, |_| Ok(()))?,
+        Some(pod) => {
+            let path = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let proc = open("/proc", path, Mode::empty()).doing(|| "open /proc")?;
+            let more = CloneFlags::CLONE_NEWUSER
+                | CloneFlags::CLONE_NEWNET
+                | CloneFlags::CLONE_NEWIPC
+                | CloneFlags::CLONE_NEWUTS;
+            fork_mapped(control, new | more, None, &[pod.uid_map.clone(), pod.gid_map.clone()])?;
+            become_root()?;
+            if !pod.hostname.is_empty() {
+                sethostname(&pod.hostname).doing(|| format!("set hostname {}", pod.hostname))?;
+            }
+            for (name, value) in &pod.ipc_parameters {
+                set_sysctl(&proc, name, value)?;
+            }
+        }
+    }
     drop(rootfs::enter(tree)?.leave_old()?);
     pause::give_up_privileges()?;
     control.report(&Report::Ready, &[]).map_err(|e| Fault::new(e.to_string()))?;

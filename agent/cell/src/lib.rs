@@ -38,7 +38,7 @@ mod user;
 
 pub use error::{CellError, CgroupError};
 pub use namespaces::Namespaces;
-pub use pause::ensure_pod_pid_namespace;
-pub use request::{CreateRequest, Created, ExecRequest, Process, Stdio};
+pub use pause::{ensure_pod_pid_namespace, make_pod_namespaces};
+pub use request::{CreateRequest, Created, ExecRequest, PodNamespaces, Process, Stdio};
 pub use rootfs::prepare_root;
 pub use spawn::{Starter, create, exec, profile_is_listed};

@@ -20,6 +20,8 @@ use nix::{
 use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
 use serde::{Deserialize, Serialize};
 
+use crate::PodNamespaces;
+
 /// The largest instruction, bytes. A spec with seccomp profile is about 100 KiB.
 pub(crate) const MAX_INSTRUCTION: u64 = 8 << 20;
 /// The largest report, bytes.
@@ -47,8 +49,8 @@ pub(crate) enum Task {
     Create { spec: Box<Spec> },
     /// Make a process in a container.
     Exec { process: Box<Process>, seccomp: Option<Box<LinuxSeccomp>> },
-    /// Be the init of the pod's shared pid namespace.
-    Pause,
+    /// Be the init of the pod's shared pid namespace, and with `pod` the first in its other namespaces.
+    Pause { pod: Option<Box<PodNamespaces>> },
 }
 
 /// What a cell says. `Born` and `Ready` come from two processes, in any order.

@@ -27,11 +27,18 @@ use crate::{
 pub struct Namespaces {
     pins: Arc<[(CloneFlags, OwnedFd)]>,
     init: Arc<OwnedFd>,
+    /// Who the user namespace's root is outside of it, if there is one.
+    root: Option<(u32, u32)>,
 }
 
 impl Namespaces {
     /// Pins those of the process `pid` that differ from the agent's: `kinds`. The process waits for its start, so it is ours still.
-    pub(crate) fn pin(pid: u32, init: OwnedFd, kinds: &[CloneFlags]) -> Result<Self, CellError> {
+    pub(crate) fn pin(
+        pid: u32,
+        init: OwnedFd,
+        kinds: &[CloneFlags],
+        root: Option<(u32, u32)>,
+    ) -> Result<Self, CellError> {
         let pins = kinds
             .iter()
             .map(|&kind| {
@@ -40,13 +47,17 @@ impl Namespaces {
                 Ok((kind, file.into()))
             })
             .collect::<Result<Arc<[_]>, CellError>>()?;
-        Ok(Self { pins, init: Arc::new(init) })
+        Ok(Self { pins, init: Arc::new(init), root })
     }
 
     /// Whether the container's first process has not exited.
     pub fn alive(&self) -> bool {
         let mut fds = [PollFd::new(self.init.as_fd(), PollFlags::POLLIN)];
         matches!(poll(&mut fds, PollTimeout::ZERO), Ok(0))
+    }
+
+    pub(crate) fn root(&self) -> Option<(u32, u32)> {
+        self.root
     }
 
     pub(crate) fn pins(&self) -> impl Iterator<Item = (CloneFlags, BorrowedFd<'_>)> {
@@ -56,6 +67,16 @@ impl Namespaces {
 
 /// CLONE_NEWTIME of linux/sched.h, which nix does not name.
 pub(crate) const NEWTIME: CloneFlags = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+
+/// Who root of the spec's user namespace is outside of it, if there is one.
+pub(crate) fn root_of(linux: Option<&Linux>) -> Option<(u32, u32)> {
+    let linux = linux?;
+    linux.namespaces().iter().flatten().find(|namespace| namespace.typ() == LinuxNamespaceType::User)?;
+    let root = |maps: &Option<Vec<LinuxIdMapping>>| {
+        maps.iter().flatten().find(|line| line.container_id() == 0 && line.size() > 0).map(LinuxIdMapping::host_id)
+    };
+    Some((root(linux.uid_mappings())?, root(linux.gid_mappings())?))
+}
 
 /// What the spec wants with namespaces.
 pub(crate) struct Plan {
@@ -131,20 +152,20 @@ pub(crate) fn make_time(linux: Option<&Linux>, proc: &OwnedFd) -> Step<()> {
 }
 
 /// Writes a new user namespace's maps (user_namespaces(7)), from outside of it.
-pub(crate) fn write_id_maps(pid: i32, linux: &Linux) -> Step<()> {
-    for (name, maps) in [("uid_map", linux.uid_mappings()), ("gid_map", linux.gid_mappings())] {
-        let maps = maps.as_deref().unwrap_or_default();
-        if maps.is_empty() {
+pub(crate) fn write_id_maps(pid: i32, uids: &str, gids: &str) -> Step<()> {
+    for (name, map) in [("uid_map", uids), ("gid_map", gids)] {
+        if map.is_empty() {
             return Err(Fault::new("a new user namespace needs uidMappings and gidMappings"));
         }
         let path = format!("/proc/{pid}/{name}");
-        std::fs::write(&path, map_text(maps)).doing(|| format!("write {path}"))?;
+        std::fs::write(&path, map).doing(|| format!("write {path}"))?;
     }
     Ok(())
 }
 
-fn map_text(maps: &[LinuxIdMapping]) -> String {
-    maps.iter().map(|m| format!("{} {} {}\n", m.container_id(), m.host_id(), m.size())).collect()
+/// A map as the kernel takes it.
+pub(crate) fn map_text(maps: Option<&Vec<LinuxIdMapping>>) -> String {
+    maps.into_iter().flatten().map(|m| format!("{} {} {}\n", m.container_id(), m.host_id(), m.size())).collect()
 }
 
 fn flag(kind: LinuxNamespaceType) -> CloneFlags {
@@ -179,15 +200,16 @@ pub(crate) fn wait_exited(pidfd: BorrowedFd<'_>, limit: Duration) -> bool {
     matches!(poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], timeout), Ok(n) if n > 0)
 }
 
-/// Binds a process's pid namespace to a file, which then holds it.
-pub(crate) fn bind_pid_namespace(pid: u32, path: &Path) -> Result<(), CellError> {
+/// Binds a process's namespace of a kind to a file, which then holds it.
+pub(crate) fn bind_namespace(pid: u32, kind: CloneFlags, path: &Path) -> Result<(), CellError> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory).map_err(CellError::io(format!("create {}", directory.display())))?;
     }
     let file = File::create(path).map_err(CellError::io(format!("create {}", path.display())))?;
+    let name = file_name(kind);
     let source =
-        std::ffi::CString::new(format!("/proc/{pid}/ns/pid")).map_err(|e| CellError::Invalid(e.to_string()))?;
-    let doing = || format!("bind the pod's pid namespace to {}", path.display());
+        std::ffi::CString::new(format!("/proc/{pid}/ns/{name}")).map_err(|e| CellError::Invalid(e.to_string()))?;
+    let doing = || format!("bind the pod's {name} namespace to {}", path.display());
     let tree = crate::sys::clone_tree(None, &source, false).map_err(CellError::system(doing()))?;
     crate::sys::attach(tree, file).map_err(CellError::system(doing()))
 }

@@ -2,8 +2,11 @@
 
 use std::path::Path;
 
+use caps::CapSet;
 use nix::{
     errno::Errno,
+    mount::{MntFlags, umount2},
+    sched::CloneFlags,
     sys::{
         signal::{SigSet, Signal},
         wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid},
@@ -12,9 +15,9 @@ use nix::{
 };
 
 use crate::{
-    CellError,
-    fault::{Doing, Step},
-    namespaces::{bind_pid_namespace, wait_exited},
+    CellError, PodNamespaces,
+    fault::{Doing, Fault, Step},
+    namespaces::{bind_namespace, wait_exited},
     spawn,
 };
 use std::os::fd::AsFd;
@@ -30,23 +33,51 @@ pub fn ensure_pod_pid_namespace(path: &Path) -> Result<Option<u32>, CellError> {
     if path.exists() {
         return Ok(None);
     }
-    let (pid, pidfd) = spawn::pause()?;
-    if let Err(error) = bind_pid_namespace(pid, path) {
+    start(None, &[(CloneFlags::CLONE_NEWPID, path)]).map(Some)
+}
+
+/// Makes the namespaces of a pod with a user namespace, as files in `directory`: `user`, `net`, `ipc`, `uts`, and `pid`, which is that of
+/// [`ensure_pod_pid_namespace`]. Returns the pid of the pause process in them. Once, before any container.
+pub fn make_pod_namespaces(directory: &Path, pod: PodNamespaces) -> Result<u32, CellError> {
+    let files = [
+        (CloneFlags::CLONE_NEWUSER, directory.join("user")),
+        (CloneFlags::CLONE_NEWNET, directory.join("net")),
+        (CloneFlags::CLONE_NEWIPC, directory.join("ipc")),
+        (CloneFlags::CLONE_NEWUTS, directory.join("uts")),
+        (CloneFlags::CLONE_NEWPID, directory.join("pid")),
+    ];
+    start(Some(pod), &files.each_ref().map(|(kind, path)| (*kind, path.as_path())))
+}
+
+/// Starts the pause process and binds its namespaces to files.
+fn start(pod: Option<PodNamespaces>, files: &[(CloneFlags, &Path)]) -> Result<u32, CellError> {
+    let (pid, pidfd) = spawn::pause(pod)?;
+    if let Err(error) = files.iter().try_for_each(|(kind, path)| bind_namespace(pid, *kind, path)) {
         if crate::sys::pidfd_kill(&pidfd).is_ok() && wait_exited(pidfd.as_fd(), crate::DEADLINE) {
             let _ = waitid(Id::PIDFd(pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
         }
-        let _ = std::fs::remove_file(path);
+        for (_, path) in files {
+            let _ = umount2(*path, MntFlags::MNT_DETACH);
+            let _ = std::fs::remove_file(path);
+        }
         return Err(error);
     }
-    Ok(Some(pid))
+    Ok(pid)
 }
 
 /// Drops everything that a process of the namespace could be after: the pause process is already in a mount namespace of its own.
 pub(crate) fn give_up_privileges() -> Step<()> {
     nix::unistd::setsid().doing(|| "leave the session")?;
     setgroups(&[]).doing(|| "drop groups")?;
-    setresgid(Gid::from_raw(NOBODY), Gid::from_raw(NOBODY), Gid::from_raw(NOBODY)).doing(|| "drop the gid")?;
-    setresuid(Uid::from_raw(NOBODY), Uid::from_raw(NOBODY), Uid::from_raw(NOBODY)).doing(|| "drop the uid")?;
+    let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
+    match setresgid(gid, gid, gid).and_then(|()| setresuid(uid, uid, uid)) {
+        // A user namespace whose maps leave nobody out: its root without any capability will do.
+        Err(Errno::EINVAL) => {}
+        other => other.doing(|| "become nobody")?,
+    }
+    for set in [CapSet::Effective, CapSet::Permitted, CapSet::Inheritable] {
+        caps::clear(None, set).map_err(|e| Fault::new(format!("drop the capabilities: {e}")))?;
+    }
     nix::sys::prctl::set_no_new_privs().doing(|| "set no_new_privs")?;
     nix::sys::prctl::set_dumpable(false).doing(|| "become undumpable")?;
     nix::sys::prctl::set_name(c"pause").doing(|| "take a name")

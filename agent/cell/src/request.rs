@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use oci_spec::runtime::{LinuxSeccomp, Process as OciProcess, Spec};
+use serde::{Deserialize, Serialize};
 
 use crate::{Starter, cgroup::Cgroup, namespaces::Namespaces};
 
@@ -30,6 +31,19 @@ pub struct ExecRequest {
     pub stdio: Stdio,
     /// The container's cgroup.
     pub cgroup: Cgroup,
+}
+
+/// The namespaces of a pod with a user namespace: that, and network, ipc, uts and pid namespaces that belong to it.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct PodNamespaces {
+    /// The map of user ids, as /proc/PID/uid_map takes it (user_namespaces(7)).
+    pub uid_map: String,
+    /// The map of group ids.
+    pub gid_map: String,
+    /// The host name; empty: the kernel's default.
+    pub hostname: String,
+    /// Kernel parameters of the ipc namespace, which only its own root may set: path below /proc/sys, and value.
+    pub ipc_parameters: Vec<(String, String)>,
 }
 
 /// Standard input, output and error of a process.

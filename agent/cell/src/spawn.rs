@@ -14,16 +14,19 @@ use nix::{
     sched::CloneFlags,
     sys::{
         socket::{AddressFamily, SockFlag, SockType, socketpair},
+        stat::{SFlag, fstat},
         wait::{Id, WaitPidFlag, waitid},
     },
+    unistd::{Gid, Uid, fchown},
 };
 use oci_spec::runtime::{Process as OciProcess, Spec};
 
 use crate::{
-    CellError, CreateRequest, Created, DEADLINE, ExecRequest, Process, Stdio,
+    CellError, CreateRequest, Created, DEADLINE, ExecRequest, PodNamespaces, Process, Stdio,
     cgroup::Cgroup,
     message::{Channel, ChannelError, Instruction, Report, Task},
-    namespaces::{Namespaces, kinds, wait_exited},
+    namespaces::{Namespaces, kinds, root_of, wait_exited},
+    paths,
     sys::{self, MountAttr},
 };
 
@@ -61,15 +64,17 @@ pub fn create(request: CreateRequest) -> Result<Created, CellError> {
     let mut warnings = Vec::new();
     let apparmor = spec.process().as_ref().map(|p| apparmor_profile(p, &mut warnings)).transpose()?.flatten();
     let kinds = kinds(spec.linux().as_ref());
+    let root = root_of(spec.linux().as_ref());
     let instruction = Instruction {
         task: Task::Create { spec: Box::new(spec) },
         terminal: stdio.terminal(),
         namespaces: Vec::new(),
         apparmor,
     };
+    stdio.give_to(root)?;
     let made = run(&id, &instruction, Some(&cgroup), stdio, &[])?;
     let pin = made.pidfd.try_clone().map_err(CellError::io("duplicate a pidfd"));
-    match pin.and_then(|init| Namespaces::pin(made.pid, init, &kinds)) {
+    match pin.and_then(|init| Namespaces::pin(made.pid, init, &kinds, root)) {
         Ok(namespaces) => Ok(Created { process: made.into_process(warnings), namespaces }),
         Err(error) => {
             kill_and_reap(&made.pidfd);
@@ -91,6 +96,7 @@ pub fn exec(request: ExecRequest) -> Result<Process, CellError> {
         terminal: stdio.terminal(),
         namespaces: namespaces.pins().map(|(kind, _)| kind.bits()).collect(),
     };
+    stdio.give_to(namespaces.root())?;
     let pins: Vec<RawFd> = namespaces.pins().map(|(_, fd)| fd.as_raw_fd()).collect();
     match run("exec", &instruction, Some(&cgroup), stdio, &pins) {
         Ok(made) => Ok(made.into_process(warnings)),
@@ -101,8 +107,9 @@ pub fn exec(request: ExecRequest) -> Result<Process, CellError> {
 }
 
 /// Starts the init of a new pid namespace (see [`crate::ensure_pod_pid_namespace`]); returns its pid and pidfd.
-pub(crate) fn pause() -> Result<(u32, OwnedFd), CellError> {
-    let instruction = Instruction { task: Task::Pause, terminal: None, namespaces: Vec::new(), apparmor: None };
+pub(crate) fn pause(pod: Option<PodNamespaces>) -> Result<(u32, OwnedFd), CellError> {
+    let task = Task::Pause { pod: pod.map(Box::new) };
+    let instruction = Instruction { task, terminal: None, namespaces: Vec::new(), apparmor: None };
     let made = run("pause", &instruction, None, Stdio::Terminal { width: 0, height: 0 }, &[])?;
     Ok((made.pid, made.pidfd))
 }
@@ -128,6 +135,19 @@ impl Made {
 }
 
 impl Stdio {
+    /// Gives pipes to the root of a user namespace, who then can give them to the process's user.
+    fn give_to(&self, root: Option<(u32, u32)>) -> Result<(), CellError> {
+        let (Self::Fds { stdin, stdout, stderr }, Some((uid, gid))) = (self, root) else { return Ok(()) };
+        for stream in [stdin, stdout, stderr] {
+            let stat = fstat(stream).map_err(CellError::system("look at a stream"))?;
+            if paths::is(&stat, SFlag::S_IFIFO) {
+                fchown(stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+                    .map_err(CellError::system("give a stream to the user namespace's root"))?;
+            }
+        }
+        Ok(())
+    }
+
     fn terminal(&self) -> Option<(u16, u16)> {
         match *self {
             Self::Fds { .. } => None,

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::ttrpc::Code;
-use husk_agent_api::agent::StartPodRequest;
+use husk_agent_api::agent::{IdRange, StartPodRequest, UserNamespace};
 use husk_agent_api::{NONCE_KEY, RPC_PORT};
 use thiserror::Error;
 use tracing::{debug, info, warn};
@@ -29,6 +29,8 @@ use crate::peer::vmm::{self, Vmm};
 use crate::random;
 use crate::spec::load::PodSpec;
 use crate::spec::size::Size;
+use crate::storage::IdMap;
+use crate::storage::idmap::Range;
 
 /// Bytes of entropy that the guest is given (the agent's limit is 512).
 const ENTROPY: usize = 64;
@@ -139,7 +141,7 @@ pub(crate) async fn boot(request: Request<'_>) -> Result<(Machine, Events), Box<
                 ms(phases.start_pod),
                 ms(begun.elapsed()),
             );
-            Ok((Machine::new(held, dial, agent, request.size), events))
+            Ok((Machine::new(held, dial, agent, request.size, request.pod.user_namespace), events))
         }
         Err(error) => {
             held.release().await;
@@ -257,6 +259,7 @@ async fn assemble(
         entropy: random::bytes::<ENTROPY>().map_err(BootError::Random)?.to_vec(),
         shared_tag: vmm::SHARED_TAG.to_owned(),
         sysctls: request.pod.sysctls.clone(),
+        user_namespace: request.pod.user_namespace.as_ref().map(user_namespace).into(),
         ..network
     };
     let started = async {
@@ -267,6 +270,20 @@ async fn assemble(
     let events = while_alive("the agent to start the pod", vmm, held.fs.as_ref(), started).await?;
     phases.start_pod = starting.elapsed();
     Ok((dial, agent, events))
+}
+
+/// The ids of the pod's user namespace, for the agent.
+fn user_namespace(map: &IdMap) -> UserNamespace {
+    let lines = |ranges: &[Range]| {
+        let line = |range: &Range| IdRange {
+            inside: range.inside,
+            outside: range.outside,
+            size: range.size,
+            ..Default::default()
+        };
+        ranges.iter().map(line).collect()
+    };
+    UserNamespace { uids: lines(map.uids()), gids: lines(map.gids()), ..Default::default() }
 }
 
 /// Joins taps to the pod's network.

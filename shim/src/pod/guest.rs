@@ -24,11 +24,12 @@ use crate::spec::guest;
 use crate::spec::load::Role;
 use crate::spec::mounts::{HostBind, LIVE, MOUNTS};
 use crate::storage::source::HugePages;
-use crate::storage::{self, BindOptions, RootfsMount, StorageError, disk};
+use crate::storage::{self, BindOptions, Mapped, RootfsMount, StorageError, disk};
 
 /// A container's files on the host, and where they go.
 struct Files {
     share: PathBuf,
+    scratch: PathBuf,
     rootfs: Vec<RootfsMount>,
     bundle_rootfs: PathBuf,
     /// The root file system is a disk.
@@ -55,7 +56,7 @@ impl Pod {
     ) -> Result<(), Error> {
         let begun = Instant::now();
         let set = CpuSet::of(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()));
-        let mut guest = guest::convert(spec, &container.id, role)?;
+        let mut guest = guest::convert(spec, &container.id, role, machine.user_namespace.as_ref())?;
         let rootfs: Vec<_> = rootfs.iter().map(rootfs_mount).collect();
         let root = disk::root_disk(&rootfs)?;
         if root.is_some() {
@@ -64,6 +65,7 @@ impl Pod {
         let disks = Wanted { devices: std::mem::take(&mut guest.block_devices), root };
         let files = Files {
             share: machine.shared().join(container.share()),
+            scratch: machine.shared().with_file_name(format!("layers-{}", container.id)),
             rootfs,
             on_disk: disks.root.is_some(),
             bundle_rootfs: Path::new(&container.bundle).join(&guest.rootfs),
@@ -232,10 +234,11 @@ fn mount(files: &Files) -> Result<(), StorageError> {
         let options = BindOptions { readonly: false, recursive: true, ..BindOptions::default() };
         storage::bind(&files.bundle_rootfs, &root, options)?;
     } else {
-        storage::mount_rootfs(&files.rootfs, &root)?;
+        storage::mount_rootfs(&files.rootfs, &root, &files.scratch)?;
     }
     for bind in &files.binds {
-        storage::bind(&bind.source, &files.share.join(&bind.place), bind.options)?;
+        let mapped = bind.ids.as_ref().map(|ids| Mapped::new(&ids.map, ids.recursive, &bind.source)).transpose()?;
+        storage::bind_mapped(&bind.source, &files.share.join(&bind.place), bind.options, mapped.as_ref())?;
     }
     Ok(())
 }

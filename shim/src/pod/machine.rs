@@ -22,7 +22,7 @@ use crate::peer::dial::Dial;
 use crate::peer::helper::Helper;
 use crate::peer::vmm::Vmm;
 use crate::spec::size::Size;
-use crate::storage;
+use crate::storage::{self, IdMap};
 
 /// Longest wait for a killed process to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
@@ -126,6 +126,8 @@ pub(crate) struct Machine {
     directory: Directory,
     down: watch::Sender<Option<String>>,
     gone: watch::Sender<bool>,
+    /// The ids of the pod's user namespace, if it has one.
+    pub(crate) user_namespace: Option<IdMap>,
     /// AppArmor profiles that its kernel has.
     pub(crate) profiles: Given,
     /// Its disks.
@@ -136,7 +138,7 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// A machine whose agent has started the pod.
-    pub(crate) fn new(held: Held, dial: Dial, agent: Agent, size: Size) -> Self {
+    pub(crate) fn new(held: Held, dial: Dial, agent: Agent, size: Size, user_namespace: Option<IdMap>) -> Self {
         Self {
             dial,
             agent,
@@ -148,6 +150,7 @@ impl Machine {
             held: tokio::sync::RwLock::new(held),
             down: watch::Sender::new(None),
             gone: watch::Sender::new(false),
+            user_namespace,
             profiles: Given::default(),
             disks: Disks::default(),
             stopping: AtomicBool::new(false),

@@ -10,9 +10,18 @@ use super::block::{self, BlockDevice};
 use super::load::{self, Role};
 use super::mounts::{Needs, guest_mounts};
 use super::resources::guest_resources;
+use crate::storage::IdMap;
 
 /// The pod's shared pid namespace in the guest.
 const SHARED_PID: &str = "/run/husk/ns/pid";
+
+/// The pod's namespaces in the guest, made when the pod has a user namespace: that and those that belong to it.
+const POD_NAMESPACES: [(LinuxNamespaceType, &str); 4] = [
+    (LinuxNamespaceType::User, "/run/husk/ns/user"),
+    (LinuxNamespaceType::Network, "/run/husk/ns/net"),
+    (LinuxNamespaceType::Ipc, "/run/husk/ns/ipc"),
+    (LinuxNamespaceType::Uts, "/run/husk/ns/uts"),
+];
 
 /// Kernel parameters of an ipc namespace (ipc_namespaces(7)), beside fs.mqueue.*.
 const IPC_SYSCTLS: [&str; 8] = [
@@ -62,8 +71,8 @@ impl GuestSpec {
     }
 }
 
-/// The guest's spec for container `id`, which is `role` in its pod.
-pub(crate) fn convert(mut spec: Spec, id: &str, role: &Role) -> Result<GuestSpec, SpecError> {
+/// The guest's spec for container `id`, which is `role` in a pod whose user namespace, if any, is `pod_ids`.
+pub(crate) fn convert(mut spec: Spec, id: &str, role: &Role, pod_ids: Option<&IdMap>) -> Result<GuestSpec, SpecError> {
     refuse_hooks(spec.hooks().as_ref())?;
     spec.set_hooks(None).set_annotations(None);
     let own_names = has_own_names(&spec, role);
@@ -78,13 +87,16 @@ pub(crate) fn convert(mut spec: Spec, id: &str, role: &Role) -> Result<GuestSpec
     root.set_path(shared.join("rootfs"));
     spec.set_root(Some(root));
 
-    let (mounts, needs) = guest_mounts(spec.mounts().clone().unwrap_or_default(), role, &shared)?;
+    let (mounts, needs) = guest_mounts(spec.mounts().clone().unwrap_or_default(), role, pod_ids, &shared)?;
     spec.set_mounts(Some(mounts));
 
     let process = spec.process().clone().ok_or(SpecError::Missing("process"))?;
     spec.set_process(Some(guest_process(process)?));
 
     let linux = spec.linux().clone().ok_or(SpecError::Missing("linux section"))?;
+    if load::user_namespace(&linux)?.as_ref() != pod_ids {
+        return Err(SpecError::OtherUserNamespace);
+    }
     let devices = linux.devices().as_deref().unwrap_or_default();
     let block_devices = block::asked(devices, linux.resources().as_ref())?;
     spec.set_linux(Some(guest_linux(linux, id, role, own_names, &block_devices)?));
@@ -138,9 +150,6 @@ fn guest_linux(
     own_names: bool,
     disks: &[BlockDevice],
 ) -> Result<Linux, SpecError> {
-    if linux.uid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty()) {
-        return Err(SpecError::UserNamespace);
-    }
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
     let namespaces = guest_namespaces(namespaces, role, own_names)?;
     refuse_sysctls(&linux, &namespaces, role)?;
@@ -206,13 +215,16 @@ fn guest_namespaces(
 ) -> Result<Vec<LinuxNamespace>, SpecError> {
     let mut guest = vec![namespace(LinuxNamespaceType::Mount, None)];
     if load::namespace(namespaces, LinuxNamespaceType::User).is_some() {
-        return Err(SpecError::UserNamespace);
+        guest.extend(POD_NAMESPACES.map(|(kind, path)| namespace(kind, Some(path))));
     }
     if *role == Role::Single {
         // It has no pod beside it: only its network namespace (that of its virtual machine) can be an existing one.
-        for (kind, name) in
-            [(LinuxNamespaceType::Pid, "pid"), (LinuxNamespaceType::Ipc, "ipc"), (LinuxNamespaceType::Uts, "uts")]
-        {
+        for (kind, name) in [
+            (LinuxNamespaceType::Pid, "pid"),
+            (LinuxNamespaceType::Ipc, "ipc"),
+            (LinuxNamespaceType::Uts, "uts"),
+            (LinuxNamespaceType::User, "user"),
+        ] {
             refuse_joining(namespaces, kind, name)?;
         }
     }

@@ -5,9 +5,10 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, Spec};
 
 use super::SpecError;
+use crate::storage::IdMap;
 
 /// Largest config.json in bytes; those with long seccomp profiles have some ten thousand.
 pub(crate) const MAX_SIZE: u64 = 8 << 20;
@@ -66,6 +67,8 @@ pub(crate) struct PodSpec {
     pub(crate) cgroups_path: String,
     /// Its kernel parameters.
     pub(crate) sysctls: HashMap<String, String>,
+    /// The ids of its user namespace, if it is to have one.
+    pub(crate) user_namespace: Option<IdMap>,
 }
 
 /// The pod's part of the spec. Host namespaces are refused here: only the sandbox's (or single container's) spec shows them.
@@ -84,7 +87,19 @@ pub(crate) fn pod(spec: &Spec) -> Result<PodSpec, SpecError> {
         netns: network.and_then(|network| network.path().clone()).filter(|path| !path.as_os_str().is_empty()),
         cgroups_path: linux.cgroups_path().as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
         sysctls: linux.sysctl().clone().unwrap_or_default(),
+        user_namespace: user_namespace(linux)?,
     })
+}
+
+/// The ids of the user namespace that the spec asks for.
+pub(super) fn user_namespace(linux: &Linux) -> Result<Option<IdMap>, SpecError> {
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    if namespace(namespaces, LinuxNamespaceType::User).is_none() {
+        return Ok(None);
+    }
+    let lines = |lines: &Option<Vec<LinuxIdMapping>>| lines.clone().unwrap_or_default();
+    let map = IdMap::of_spec(&lines(linux.uid_mappings()), &lines(linux.gid_mappings()));
+    map.map(Some).ok_or(SpecError::UserNamespace)
 }
 
 /// The namespace of a kind, if the spec lists it.

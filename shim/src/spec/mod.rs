@@ -74,9 +74,14 @@ pub(crate) enum SpecError {
     /// A namespace of the host's.
     #[error("the pod wants the host's {0} namespace, which a virtual machine cannot have: run it with runc")]
     HostNamespace(&'static str),
-    /// A user namespace.
-    #[error("the pod wants a user namespace, which husk does not make: the virtual machine is the wall")]
+    /// A user namespace whose ids nobody tells.
+    #[error("the spec names a user namespace without valid uidMappings and gidMappings of at most 340 lines each")]
     UserNamespace,
+    /// A user namespace that differs from the pod's.
+    #[error(
+        "the container's user namespace has other uidMappings or gidMappings than its pod's, with which it must share it"
+    )]
+    OtherUserNamespace,
     /// A namespace of something that is not the pod.
     #[error("the {0} namespace at {path} is not the pod's", path = .1.display())]
     ForeignNamespace(&'static str, PathBuf),

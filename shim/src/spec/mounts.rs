@@ -10,7 +10,7 @@ use super::SpecError;
 use super::guest::GUEST_DEVICES;
 use super::load::Role;
 use crate::storage::source::{HugePages, MountPoints, Source};
-use crate::storage::{BindOptions, Propagation};
+use crate::storage::{BindOptions, IdMap, Propagation};
 
 /// Most mounts of a container.
 pub(crate) const MAX_MOUNTS: usize = 1024;
@@ -33,6 +33,17 @@ pub(crate) struct HostBind {
     pub(crate) place: PathBuf,
     /// How.
     pub(crate) options: BindOptions,
+    /// Its ids, where they are to be mapped.
+    pub(crate) ids: Option<MountIds>,
+}
+
+/// The map of a mount's ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct MountIds {
+    /// The map.
+    pub(crate) map: IdMap,
+    /// Also of the mounts below it.
+    pub(crate) recursive: bool,
 }
 
 /// What the mounts of a container need.
@@ -44,12 +55,17 @@ pub(crate) struct Needs {
     pub(crate) huge: BTreeMap<String, HugePages>,
 }
 
-/// Turns the host's mounts into the guest's.
-pub(crate) fn guest_mounts(mounts: Vec<Mount>, role: &Role, shared: &Path) -> Result<(Vec<Mount>, Needs), SpecError> {
+/// Turns the host's mounts into the guest's, for a pod whose user namespace, if any, is `pod_ids`.
+pub(crate) fn guest_mounts(
+    mounts: Vec<Mount>,
+    role: &Role,
+    pod_ids: Option<&IdMap>,
+    shared: &Path,
+) -> Result<(Vec<Mount>, Needs), SpecError> {
     if mounts.len() > MAX_MOUNTS {
         return Err(SpecError::TooManyMounts(mounts.len()));
     }
-    let mut turn = Turn { role, shared, points: MountPoints::default(), needs: Needs::default() };
+    let mut turn = Turn { role, pod_ids, shared, points: MountPoints::default(), needs: Needs::default() };
     let mounts = mounts.into_iter().map(|mount| turn.mount(mount)).collect::<Result<Vec<_>, _>>()?;
     Ok((mounts, turn.needs))
 }
@@ -57,6 +73,7 @@ pub(crate) fn guest_mounts(mounts: Vec<Mount>, role: &Role, shared: &Path) -> Re
 /// What turning mounts goes by, and what has come out so far.
 struct Turn<'a> {
     role: &'a Role,
+    pod_ids: Option<&'a IdMap>,
     shared: &'a Path,
     points: MountPoints,
     needs: Needs,
@@ -64,13 +81,19 @@ struct Turn<'a> {
 
 impl Turn<'_> {
     fn mount(&mut self, mut mount: Mount) -> Result<Mount, SpecError> {
-        let options = mount.options().clone().unwrap_or_default();
+        let ids = mount_ids(&mount, self.pod_ids)?;
+        mount.set_uid_mappings(None).set_gid_mappings(None);
+        let mut options = mount.options().clone().unwrap_or_default();
+        options.retain(|option| option != "idmap" && option != "ridmap");
         let is_bind = mount.typ().as_deref() == Some("bind") || options.iter().any(|o| o == "bind" || o == "rbind");
-        if !is_bind {
-            return Ok(mount);
-        }
         let destination = mount.destination().clone();
         let refuse = |why: &'static str| SpecError::Mount { destination: destination.clone(), why };
+        if !is_bind {
+            return match ids {
+                None => Ok(mount),
+                Some(_) => Err(refuse("wants its user ids mapped, which is possible for binds of files and directories only")),
+            };
+        }
         let source = mount.source().clone().ok_or_else(|| refuse("has no source"))?;
         if is_pod_shm(&source, &destination, self.role) {
             mount.set_source(Some(SHARED_SHM.into()));
@@ -79,15 +102,15 @@ impl Turn<'_> {
         if !source.is_absolute() {
             return Err(refuse("has a source that is not an absolute path"));
         }
-        if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-            return Err(refuse("wants its user ids mapped, which husk does not do"));
-        }
         if options.iter().any(|option| option == "rshared" || option == "shared") {
             return Err(refuse(
                 "wants its mounts to appear on the host (Bidirectional), which a virtual machine cannot do",
             ));
         }
         let kind = Source::of(&source);
+        if ids.is_some() && matches!(kind, Source::Character { .. } | Source::HugePages(_)) {
+            return Err(refuse("wants its user ids mapped, which is possible for binds of files and directories only"));
+        }
         match kind {
             Source::Socket => Err(refuse(
                 "has a socket of the host as its source, whose other end cannot be reached from a virtual machine: run it with runc",
@@ -110,12 +133,14 @@ impl Turn<'_> {
                 self.needs.huge.insert(name, pages);
                 Ok(mount)
             }
-            Source::File | Source::Directory => Ok(self.share(mount, &source, options, kind == Source::Directory)),
+            Source::File | Source::Directory => {
+                Ok(self.share(mount, &source, options, ids, kind == Source::Directory))
+            }
         }
     }
 
     /// A file or directory.
-    fn share(&mut self, mut mount: Mount, source: &Path, options: Vec<String>, directory: bool) -> Mount {
+    fn share(&mut self, mut mount: Mount, source: &Path, options: Vec<String>, ids: Option<MountIds>, directory: bool) -> Mount {
         let has = |name: &str| options.iter().any(|option| option == name);
         let (readonly, below, recursive) = (has("ro") || has("rro"), has("rro"), has("rbind"));
         let live = has("rslave") || has("slave");
@@ -137,9 +162,28 @@ impl Turn<'_> {
                 recursive,
                 propagation: if live { Propagation::Slave } else { Propagation::Private },
             },
+            ids,
         });
         mount
     }
+}
+
+/// The map of a mount's ids: its own, or with an option `idmap` or `ridmap` alone the pod's (config.md, "Linux mount options").
+fn mount_ids(mount: &Mount, pod_ids: Option<&IdMap>) -> Result<Option<MountIds>, SpecError> {
+    let has = |name: &str| mount.options().iter().flatten().any(|option| option == name);
+    let (uids, gids) = (mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref());
+    let (uids, gids) = (uids.unwrap_or_default(), gids.unwrap_or_default());
+    let refuse = |why| SpecError::Mount { destination: mount.destination().clone(), why };
+    let map = if !uids.is_empty() || !gids.is_empty() {
+        let map = IdMap::of_spec(uids, gids);
+        map.ok_or_else(|| refuse("has no valid uidMappings and gidMappings of 1 to 340 lines each"))?
+    } else if has("idmap") || has("ridmap") {
+        let map = pod_ids.cloned();
+        map.ok_or_else(|| refuse("wants the ids of a user namespace, and the container has none"))?
+    } else {
+        return Ok(None);
+    };
+    Ok(Some(MountIds { map, recursive: has("ridmap") }))
 }
 
 /// containerd makes a tmpfs for each sandbox on the host (`.../<sandbox id>/shm`); the guest has one of its own instead.

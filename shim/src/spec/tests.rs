@@ -3,12 +3,12 @@
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::{Value, json};
 
-use super::guest::{GuestSpec, convert};
+use super::guest::{GuestSpec, MountIds, convert};
 use super::load::{self, Role};
 use super::size::{self, Size};
 use super::{SpecError, annotations};
 use crate::config::Config;
-use crate::storage::Propagation;
+use crate::storage::{IdMap, Propagation};
 
 pub(super) const SANDBOX: &str = "f00d";
 
@@ -69,7 +69,7 @@ fn role() -> Role {
 }
 
 fn converted(value: Value) -> Result<GuestSpec, SpecError> {
-    convert(spec(value), "c0ffee", &role())
+    convert(spec(value), "c0ffee", &role(), None)
 }
 
 fn namespaces(guest: &GuestSpec) -> Vec<(LinuxNamespaceType, Option<String>)> {
@@ -310,6 +310,67 @@ fn the_hosts_processes_are_those_of_the_virtual_machine() {
     value["linux"]["namespaces"].as_array_mut().unwrap().retain(|namespace| namespace["type"] != "pid");
     let pid = (LinuxNamespaceType::Pid, Some("/run/husk/ns/pid".to_owned()));
     assert!(namespaces(&converted(value).unwrap()).contains(&pid));
+}
+
+/// A pod with a user namespace, as containerd 2.4 writes it.
+fn with_user_namespace(mut value: Value, path: Value) -> Value {
+    let ids = json!([{"containerID": 0, "hostID": 1000, "size": 65536}]);
+    value["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user", "path": path}));
+    value["linux"]["uidMappings"] = ids.clone();
+    value["linux"]["gidMappings"] = ids.clone();
+    value["mounts"][2]["uidMappings"] = ids.clone();
+    value["mounts"][2]["gidMappings"] = ids;
+    value
+}
+
+#[test]
+fn containers_share_the_user_namespace_of_their_pod() {
+    let ids = IdMap::of_options("0:1000:65536", "0:1000:65536").unwrap();
+    let mut value = sandbox(json!({}));
+    value["mounts"] = json!([{"destination": "/a"}, {"destination": "/b"}, {"destination": "/c"}]);
+    let value = with_user_namespace(value, json!("/run/containerd/x/userns"));
+    assert_eq!(load::pod(&spec(value)).unwrap().user_namespace, Some(ids.clone()));
+
+    let value = with_user_namespace(member(), json!("/proc/77/ns/user"));
+    let guest = convert(spec(value.clone()), "c0ffee", &role(), Some(&ids)).unwrap();
+    let found = namespaces(&guest);
+    for (kind, name) in [
+        (LinuxNamespaceType::User, "user"),
+        (LinuxNamespaceType::Network, "net"),
+        (LinuxNamespaceType::Ipc, "ipc"),
+        (LinuxNamespaceType::Uts, "uts"),
+        (LinuxNamespaceType::Pid, "pid"),
+    ] {
+        assert!(found.contains(&(kind, Some(format!("/run/husk/ns/{name}")))), "{found:?}");
+    }
+    assert_eq!(guest.binds[0].ids, Some(MountIds { map: ids.clone(), recursive: false }));
+    assert_eq!(guest.binds[1].ids, None);
+    let mount = &guest.spec.mounts().as_ref().unwrap()[2];
+    assert!(mount.uid_mappings().is_none() && mount.gid_mappings().is_none());
+
+    assert!(matches!(converted(value), Err(SpecError::OtherUserNamespace)));
+    let alone = convert(spec(member()), "c0ffee", &role(), Some(&ids));
+    assert!(matches!(alone, Err(SpecError::OtherUserNamespace)));
+    let mut nameless = with_user_namespace(member(), json!("/proc/77/ns/user"));
+    nameless["linux"]["gidMappings"] = json!([]);
+    assert!(matches!(convert(spec(nameless), "c0ffee", &role(), Some(&ids)), Err(SpecError::UserNamespace)));
+}
+
+#[test]
+fn mounts_are_mapped_by_their_own_ids_or_the_pods() {
+    let ids = IdMap::of_options("0:1000:65536", "0:1000:65536").unwrap();
+    let mut value = with_user_namespace(member(), json!("/proc/77/ns/user"));
+    value["mounts"][4]["options"] = json!(["rbind", "ridmap"]);
+    let guest = convert(spec(value.clone()), "c0ffee", &role(), Some(&ids)).unwrap();
+    assert_eq!(guest.binds[1].ids, Some(MountIds { map: ids.clone(), recursive: true }));
+    assert_eq!(guest.spec.mounts().as_ref().unwrap()[4].options().as_deref(), Some(&["rbind".to_owned()][..]));
+    value["mounts"][4]["uidMappings"] = json!([{"containerID": 0, "hostID": 5, "size": 1}]);
+    assert!(convert(spec(value.clone()), "c0ffee", &role(), Some(&ids)).is_err(), "no gidMappings");
+    value["mounts"][4] = json!({"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["idmap"]});
+    assert!(convert(spec(value), "c0ffee", &role(), Some(&ids)).is_err(), "a tmpfs");
+    let mut value = member();
+    value["mounts"][4]["options"] = json!(["rbind", "idmap"]);
+    assert!(converted(value).is_err(), "no user namespace");
 }
 
 fn size(annotations: Value) -> Result<Size, SpecError> {

@@ -2,6 +2,7 @@
 //! shim's own mount namespace. `disk` is what goes into the machine as a disk instead.
 
 pub(crate) mod disk;
+pub(crate) mod idmap;
 pub(crate) mod rootfs;
 pub(crate) mod source;
 #[cfg(test)]
@@ -10,8 +11,9 @@ pub(crate) mod volume;
 
 use std::path::{Path, PathBuf};
 
+pub(crate) use idmap::{IdMap, Mapped};
 pub(crate) use rootfs::{RootfsMount, mount_rootfs};
-pub(crate) use volume::{BindOptions, Propagation, bind, unmount};
+pub(crate) use volume::{BindOptions, Propagation, bind, bind_mapped, unmount};
 
 /// Why a mount was not made or not removed.
 #[derive(Debug, thiserror::Error)]

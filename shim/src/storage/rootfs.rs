@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MsFlags, mount};
 use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
 
-use super::volume::{BindOptions, Propagation, bind_at, unmount};
+use super::idmap::{IdMap, Mapped};
+use super::volume::{BindOptions, Propagation, attach, bind_at, bind_mapped, unmount};
 use super::{StorageError, step};
 
 /// mount(2) takes one page of options, its last byte a NUL.
@@ -33,11 +34,12 @@ pub(crate) struct RootfsMount {
     pub(crate) options: Vec<String>,
 }
 
-/// Mounts `mounts`, in order, on `target` (made if absent). All or nothing.
-pub(crate) fn mount_rootfs(mounts: &[RootfsMount], target: &Path) -> Result<(), StorageError> {
+/// Mounts `mounts`, in order, on `target` (made if absent). All or nothing. `scratch` names a directory that may be made for the time
+/// of the call, where nobody else looks.
+pub(crate) fn mount_rootfs(mounts: &[RootfsMount], target: &Path, scratch: &Path) -> Result<(), StorageError> {
     create_dir_all(target).map_err(step("a root file system", target, "make the directory"))?;
     for one in mounts {
-        if let Err(error) = mount_one(one, target) {
+        if let Err(error) = mount_one(one, target, scratch) {
             // The first error is the one to tell.
             let _ = unmount(target);
             return Err(error);
@@ -46,9 +48,10 @@ pub(crate) fn mount_rootfs(mounts: &[RootfsMount], target: &Path) -> Result<(), 
     Ok(())
 }
 
-fn mount_one(one: &RootfsMount, root: &Path) -> Result<(), StorageError> {
+fn mount_one(one: &RootfsMount, root: &Path, scratch: &Path) -> Result<(), StorageError> {
     let name = format!("{} {}", one.kind, one.source);
     let options = Options::parse(&one.options);
+    let mapped = options.mapped().map_err(step(&name, root, "make a user namespace of uidmap and gidmap"))?;
     let place = Place::open(&name, root, &one.target)?;
     if options.bind || one.kind == "bind" {
         let how = BindOptions {
@@ -57,7 +60,7 @@ fn mount_one(one: &RootfsMount, root: &Path) -> Result<(), StorageError> {
             recursive: options.recursive,
             propagation: Propagation::Private,
         };
-        return bind_at(Path::new(&one.source), &place.directory, root, how);
+        return bind_at(Path::new(&one.source), &place.directory, root, how, mapped.as_ref());
     }
     if !TYPES.contains(&one.kind.as_str()) {
         return Err(step(&name, root, "type of file system")(Error::from(ErrorKind::Unsupported)));
@@ -65,8 +68,10 @@ fn mount_one(one: &RootfsMount, root: &Path) -> Result<(), StorageError> {
     if options.looped {
         return Err(step(&name, root, "option loop")(Error::from(ErrorKind::Unsupported)));
     }
-    let (data, _layers) = if one.kind == "overlay" && options.data.len() > MAX_DATA {
-        shorten(&options.data).map_err(step(&name, root, "open the layers"))?
+    // An overlay over mapped layers shows their files as the map has them; its upper directory has such ids already.
+    let layers = mapped.as_ref().filter(|_| one.kind == "overlay").map(|mapped| Layers::new(scratch, mapped));
+    let (data, _open) = if layers.is_some() || (one.kind == "overlay" && options.data.len() > MAX_DATA) {
+        shorten(&options.data, layers.as_ref()).map_err(step(&name, root, "open the layers"))?
     } else {
         (options.data.clone(), Vec::new())
     };
@@ -79,7 +84,14 @@ fn mount_one(one: &RootfsMount, root: &Path) -> Result<(), StorageError> {
     // As in `bind`: only husk-fs uses it.
     let flags = options.flags | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     mount(Some(one.source.as_str()), &place.path, Some(one.kind.as_str()), flags, data)
-        .map_err(step(&name, root, "mount"))
+        .map_err(step(&name, root, "mount"))?;
+    if mapped.is_some() && layers.is_none() {
+        // On top of itself, with its ids mapped.
+        let plain = Place::open(&name, root, &one.target)?.directory;
+        let how = BindOptions { readonly: options.readonly(), ..BindOptions::default() };
+        attach(&plain, &plain, &name, root, how, mapped.as_ref())?;
+    }
+    Ok(())
 }
 
 /// Where to mount: open, and named by its descriptor for mount(2). A place inside a root file system is resolved below it, whatever
@@ -108,16 +120,28 @@ pub(super) struct Options {
     bind: bool,
     recursive: bool,
     pub(super) looped: bool,
+    /// containerd's maps of ids: not for mount(2).
+    uids: Option<String>,
+    gids: Option<String>,
     /// What is the file system's own, joined by commas.
     pub(super) data: String,
 }
 
 impl Options {
     pub(super) fn parse(options: &[String]) -> Self {
-        let mut parsed =
-            Self { flags: MsFlags::empty(), bind: false, recursive: false, looped: false, data: String::new() };
+        let mut parsed = Self {
+            flags: MsFlags::empty(),
+            bind: false,
+            recursive: false,
+            looped: false,
+            uids: None,
+            gids: None,
+            data: String::new(),
+        };
         for option in options {
             match option.as_str() {
+                map if map.starts_with("uidmap=") => parsed.uids = Some(map["uidmap=".len()..].to_owned()),
+                map if map.starts_with("gidmap=") => parsed.gids = Some(map["gidmap=".len()..].to_owned()),
                 "bind" => parsed.bind = true,
                 "rbind" => (parsed.bind, parsed.recursive) = (true, true),
                 "loop" => parsed.looped = true,
@@ -135,6 +159,19 @@ impl Options {
             }
         }
         parsed
+    }
+
+    /// The map of ids, if there is to be one.
+    fn mapped(&self) -> Result<Option<Mapped>, Error> {
+        let invalid = || Error::new(ErrorKind::InvalidInput, "they are no two maps of ids");
+        match (&self.uids, &self.gids) {
+            (None, None) => Ok(None),
+            (Some(uids), Some(gids)) => {
+                let namespace = IdMap::of_options(uids, gids).ok_or_else(invalid)?.namespace()?;
+                Ok(Some(Mapped { namespace, recursive: false }))
+            }
+            _ => Err(invalid()),
+        }
     }
 
     pub(super) fn readonly(&self) -> bool {
@@ -171,10 +208,11 @@ fn flag(option: &str) -> Option<(MsFlags, bool)> {
 }
 
 /// An overlay's options with each directory named by a descriptor, so that any number of layers up to `MAX_LAYERS` that fits a page
-/// in this form can be mounted whatever the length of their paths. The descriptors must live until the mount is made.
-fn shorten(data: &str) -> Result<(String, Vec<OwnedFd>), Error> {
+/// in this form can be mounted whatever the length of their paths, and with the ids of the lower ones mapped. The descriptors must live
+/// until the mount is made.
+fn shorten(data: &str, mapped: Option<&Layers<'_>>) -> Result<(String, Vec<OwnedFd>), Error> {
     let mut short = Vec::new();
-    let mut layers = Vec::new();
+    let mut opened = Vec::new();
     for option in data.split(',') {
         let Some((key @ ("lowerdir" | "upperdir" | "workdir"), paths)) = option.split_once('=') else {
             short.push(option.to_owned());
@@ -182,17 +220,55 @@ fn shorten(data: &str) -> Result<(String, Vec<OwnedFd>), Error> {
         };
         let mut names = Vec::new();
         for path in paths.split(':') {
-            if layers.len() >= MAX_LAYERS {
+            if opened.len() >= MAX_LAYERS {
                 return Err(Error::new(ErrorKind::InvalidInput, "too many layers"));
             }
-            let layer = open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-                .map_err(|errno| Error::new(Error::from(errno).kind(), format!("{path}: {errno}")))?;
+            let explain = |error: Error| Error::new(error.kind(), format!("{path}: {error}"));
+            let layer = match mapped {
+                Some(layers) if key == "lowerdir" => layers.map(path, opened.len()).map_err(explain)?,
+                _ => open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                    .map_err(|errno| explain(errno.into()))?,
+            };
             names.push(format!("/proc/self/fd/{}", layer.as_raw_fd()));
-            layers.push(layer);
+            opened.push(layer);
         }
         short.push(format!("{key}={}", names.join(":")));
     }
-    Ok((short.join(","), layers))
+    Ok((short.join(","), opened))
+}
+
+/// Mounts of an overlay's layers with their ids mapped, for the time of its mounting: overlayfs takes no layer that is mounted nowhere,
+/// and keeps a mount of its own.
+struct Layers<'a> {
+    directory: &'a Path,
+    mapped: &'a Mapped,
+}
+
+impl<'a> Layers<'a> {
+    fn new(directory: &'a Path, mapped: &'a Mapped) -> Self {
+        Self { directory, mapped }
+    }
+
+    /// Mounts the layer at `path` as the one with this number, and opens it.
+    fn map(&self, path: &str, number: usize) -> Result<OwnedFd, Error> {
+        let place = self.directory.join(number.to_string());
+        create_dir_all(&place)?;
+        let how = BindOptions { readonly: true, ..BindOptions::default() };
+        bind_mapped(Path::new(path), &place, how, Some(self.mapped)).map_err(Error::other)?;
+        Ok(open(&place, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+    }
+}
+
+impl Drop for Layers<'_> {
+    fn drop(&mut self) {
+        for entry in std::fs::read_dir(self.directory).into_iter().flatten().flatten() {
+            // What can't be unmounted keeps its directory, and goes with the pod's mount namespace.
+            if unmount(&entry.path()).is_ok() {
+                let _ = std::fs::remove_dir(entry.path());
+            }
+        }
+        let _ = std::fs::remove_dir(self.directory);
+    }
 }
 
 #[cfg(test)]
@@ -214,11 +290,11 @@ mod tests {
 
     #[test]
     fn names_layers_by_descriptor() {
-        let (data, layers) = shorten("lowerdir=/usr:/etc,upperdir=/tmp,userxattr").unwrap();
+        let (data, layers) = shorten("lowerdir=/usr:/etc,upperdir=/tmp,userxattr", None).unwrap();
         let [a, b, c] = [&layers[0], &layers[1], &layers[2]].map(|fd| format!("/proc/self/fd/{}", fd.as_raw_fd()));
         assert_eq!(data, format!("lowerdir={a}:{b},upperdir={c},userxattr"));
-        assert!(shorten("lowerdir=/no/such/layer").unwrap_err().to_string().contains("/no/such/layer"));
+        assert!(shorten("lowerdir=/no/such/layer", None).unwrap_err().to_string().contains("/no/such/layer"));
         let many = format!("lowerdir={}", vec!["/usr"; MAX_LAYERS + 1].join(":"));
-        assert!(shorten(&many).is_err());
+        assert!(shorten(&many, None).is_err());
     }
 }

@@ -104,7 +104,7 @@ fn mounts_overlays_whose_options_pass_a_page() {
             ],
         };
         let root = here.join("root");
-        mount_rootfs(std::slice::from_ref(&overlay), &root).unwrap();
+        mount_rootfs(std::slice::from_ref(&overlay), &root, &here.join("scratch")).unwrap();
         assert_eq!(read_to_string(root.join("file59")).unwrap(), "59");
         write(root.join("new"), "").unwrap();
         assert!(upper.join("new").exists());
@@ -112,7 +112,7 @@ fn mounts_overlays_whose_options_pass_a_page() {
 
         // All or nothing: the second fails, so the first goes.
         let bad = RootfsMount { kind: "nosuch".into(), ..RootfsMount::default() };
-        assert!(mount_rootfs(&[overlay.clone(), bad], &root).is_err());
+        assert!(mount_rootfs(&[overlay.clone(), bad], &root, &here.join("scratch")).is_err());
         assert!(!root.join("file59").exists());
 
         // A place below the root is not led out of it by the image's links.
@@ -123,6 +123,74 @@ fn mounts_overlays_whose_options_pass_a_page() {
             target: "/escape".into(),
             options: vec!["bind".into()],
         };
-        assert!(mount_rootfs(&[overlay, inner], &root).is_err());
+        assert!(mount_rootfs(&[overlay, inner], &root, &here.join("scratch")).is_err());
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn maps_ids_of_volumes_and_layers() {
+    use std::os::unix::fs::{MetadataExt, chown};
+    apart(|here| {
+        let owner = |path: &Path| (fs::metadata(path).unwrap().uid(), fs::metadata(path).unwrap().gid());
+        for directory in ["low1", "low2", "up", "work", "volume"] {
+            fs::create_dir(here.join(directory)).unwrap();
+        }
+        write(here.join("low1/file"), "1").unwrap();
+        write(here.join("low2/other"), "2").unwrap();
+        chown(here.join("low2/other"), Some(33), Some(44)).unwrap();
+        for directory in ["up", "work"] {
+            chown(here.join(directory), Some(1000), Some(2000)).unwrap();
+        }
+        let options = [
+            "uidmap=0:1000:100".to_owned(),
+            "gidmap=0:2000:100".to_owned(),
+            format!("workdir={}", here.join("work").display()),
+            format!("upperdir={}", here.join("up").display()),
+            format!("lowerdir={}:{}", here.join("low1").display(), here.join("low2").display()),
+        ];
+        let overlay = RootfsMount {
+            kind: "overlay".into(),
+            source: "overlay".into(),
+            options: options.to_vec(),
+            ..Default::default()
+        };
+        let (root, scratch) = (here.join("root"), here.join("scratch"));
+        mount_rootfs(std::slice::from_ref(&overlay), &root, &scratch).unwrap();
+        assert_eq!(owner(&root.join("file")), (1000, 2000));
+        assert_eq!(owner(&root.join("other")), (1033, 2044));
+        assert_eq!(owner(&here.join("low2/other")), (33, 44));
+        // Copied up with the ids that it shows.
+        fs::write(root.join("other"), "new").unwrap();
+        assert_eq!(owner(&here.join("up/other")), (1033, 2044));
+        assert!(!scratch.exists());
+        unmount(&root).unwrap();
+
+        let missing = RootfsMount { options: vec!["uidmap=0:1000:100".into()], ..overlay.clone() };
+        assert!(mount_rootfs(&[missing], &root, &scratch).is_err());
+        let mut bad = overlay;
+        bad.options.push("lowerdir=/no/such/layer".into());
+        let error = mount_rootfs(&[bad], &root, &scratch).unwrap_err();
+        assert!(crate::error::chain(&error).contains("/no/such/layer"), "{error}");
+        assert!(!scratch.exists());
+
+        let namespace = IdMap::of_options("0:1000:100", "0:2000:100").unwrap().namespace().unwrap();
+        let mapped = Mapped { namespace, recursive: false };
+        write(here.join("volume/file"), "x").unwrap();
+        let target = here.join("mounts/0");
+        bind_mapped(&here.join("volume"), &target, BindOptions::default(), Some(&mapped)).unwrap();
+        assert_eq!(owner(&target.join("file")), (1000, 2000));
+        chown(target.join("file"), Some(1005), Some(2006)).unwrap();
+        assert_eq!(owner(&here.join("volume/file")), (5, 6));
+        // A file system that was mounted as a whole gets a mapped mount on top.
+        let tmpfs = RootfsMount {
+            kind: "tmpfs".into(),
+            source: "tmpfs".into(),
+            options: vec!["uidmap=0:1000:100".into(), "gidmap=0:2000:100".into()],
+            ..Default::default()
+        };
+        mount_rootfs(&[tmpfs], &root, &scratch).unwrap();
+        assert_eq!(owner(&root), (1000, 2000));
+        unmount(&root).unwrap();
     });
 }

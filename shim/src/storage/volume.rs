@@ -10,6 +10,7 @@ use std::path::Path;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, open, openat2};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree};
 
+use super::idmap::{self, Mapped};
 use super::{StorageError, step};
 
 /// Most mounts on top of one another that `unmount` takes away.
@@ -40,6 +41,16 @@ pub(crate) struct BindOptions {
 
 /// Binds `source` (a file, directory, socket or device) on `target`, which is made to fit.
 pub(crate) fn bind(source: &Path, target: &Path, options: BindOptions) -> Result<(), StorageError> {
+    bind_mapped(source, target, options, None)
+}
+
+/// The same with the ids of users and groups mapped.
+pub(crate) fn bind_mapped(
+    source: &Path,
+    target: &Path,
+    options: BindOptions,
+    mapped: Option<&Mapped>,
+) -> Result<(), StorageError> {
     let name = source.display().to_string();
     let (found, directory) = open_source(source, target)?;
     make_target(target, directory).map_err(step(&name, target, "make the target"))?;
@@ -48,7 +59,7 @@ pub(crate) fn bind(source: &Path, target: &Path, options: BindOptions) -> Result
         target,
         "open the target",
     ))?;
-    attach(&found, &place, &name, target, options)
+    attach(&found, &place, &name, target, options, mapped)
 }
 
 /// Binds a directory on a place that is open already; `target` names it in errors.
@@ -57,9 +68,10 @@ pub(super) fn bind_at(
     place: &impl AsFd,
     target: &Path,
     options: BindOptions,
+    mapped: Option<&Mapped>,
 ) -> Result<(), StorageError> {
     let (found, _) = open_source(source, target)?;
-    attach(&found, place, &source.display().to_string(), target, options)
+    attach(&found, place, &source.display().to_string(), target, options, mapped)
 }
 
 /// Opens the source, as a mere place, and tells whether it is a directory.
@@ -73,12 +85,13 @@ fn open_source(source: &Path, target: &Path) -> Result<(OwnedFd, bool), StorageE
 }
 
 /// Clones the mount that the source is in, from the source on, and attaches the clone.
-fn attach(
+pub(super) fn attach(
     source: &impl AsFd,
     place: &impl AsFd,
     name: &str,
     target: &Path,
     options: BindOptions,
+    mapped: Option<&Mapped>,
 ) -> Result<(), StorageError> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     if options.recursive {
@@ -86,6 +99,9 @@ fn attach(
     }
     let tree = open_tree(source, "", flags).map_err(step(name, target, "clone the source's mount (open_tree)"))?;
     set_attributes(&tree, options).map_err(step(name, target, "set its attributes (mount_setattr)"))?;
+    if let Some(mapped) = mapped {
+        idmap::apply(&tree, mapped).map_err(step(name, target, "map its user ids (mount_setattr)"))?;
+    }
     let both_open = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(&tree, "", place, "", both_open).map_err(step(name, target, "attach it (move_mount)"))
 }
@@ -134,9 +150,12 @@ fn set_attributes(tree: &impl AsFd, options: BindOptions) -> Result<(), Error> {
     if options.readonly { set_attribute(tree, libc::MOUNT_ATTR_RDONLY, 0, false) } else { Ok(()) }
 }
 
-/// mount_setattr(2).
 fn set_attribute(tree: &impl AsFd, set: u64, propagation: u64, recursive: bool) -> Result<(), Error> {
-    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    set_attr(tree, &libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 }, recursive)
+}
+
+/// mount_setattr(2) on a detached mount, or with `recursive` on all of its tree.
+pub(super) fn set_attr(tree: &impl AsFd, attributes: &libc::mount_attr, recursive: bool) -> Result<(), Error> {
     let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty C string, and the kernel reads `size_of::<mount_attr>()` bytes from a live mount_attr.
     let result = unsafe {
@@ -145,7 +164,7 @@ fn set_attribute(tree: &impl AsFd, set: u64, propagation: u64, recursive: bool) 
             tree.as_fd().as_raw_fd(),
             c"".as_ptr(),
             libc::AT_EMPTY_PATH | recursive,
-            std::ptr::from_ref(&attributes),
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )
     };
