@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Linux, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespace, LinuxNamespaceType, Spec};
 
 use super::SpecError;
 use crate::storage::IdMap;
@@ -94,12 +94,12 @@ pub(crate) fn pod(spec: &Spec) -> Result<PodSpec, SpecError> {
 /// The ids of the user namespace that the spec asks for.
 pub(super) fn user_namespace(linux: &Linux) -> Result<Option<IdMap>, SpecError> {
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
-    if namespace(namespaces, LinuxNamespaceType::User).is_none() {
-        return Ok(None);
+    let uids = linux.uid_mappings().as_deref().unwrap_or_default();
+    let gids = linux.gid_mappings().as_deref().unwrap_or_default();
+    if namespace(namespaces, LinuxNamespaceType::User).is_some() {
+        return IdMap::of_spec(uids, gids).map(Some).ok_or(SpecError::UserNamespace);
     }
-    let lines = |lines: &Option<Vec<LinuxIdMapping>>| lines.clone().unwrap_or_default();
-    let map = IdMap::of_spec(&lines(linux.uid_mappings()), &lines(linux.gid_mappings()));
-    map.map(Some).ok_or(SpecError::UserNamespace)
+    if uids.is_empty() && gids.is_empty() { Ok(None) } else { Err(SpecError::UserNamespace) }
 }
 
 /// The namespace of a kind, if the spec lists it.

@@ -74,8 +74,10 @@ pub(crate) enum SpecError {
     /// A namespace of the host's.
     #[error("the pod wants the host's {0} namespace, which a virtual machine cannot have: run it with runc")]
     HostNamespace(&'static str),
-    /// A user namespace whose ids nobody tells.
-    #[error("the spec names a user namespace without valid uidMappings and gidMappings of at most 340 lines each")]
+    /// A user namespace whose ids nobody tells, or ids without one.
+    #[error(
+        "a user namespace and valid uidMappings and gidMappings (of 1 to 340 lines) go together: the spec has not all of them"
+    )]
     UserNamespace,
     /// A user namespace that differs from the pod's.
     #[error(
