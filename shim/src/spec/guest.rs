@@ -190,7 +190,7 @@ fn refuse_sysctls(linux: &Linux, namespaces: &[LinuxNamespace], role: &Role) -> 
     if *role == Role::Single {
         return Ok(());
     }
-    let owns = |kind| load::namespace(namespaces, kind).is_some();
+    let owns = |kind| load::namespace(namespaces, kind).is_some_and(|namespace| !joins(namespace));
     for name in linux.sysctl().iter().flat_map(|sysctls| sysctls.keys()) {
         let plain = name.replace('/', ".");
         let own = match plain.split('.').next() {
@@ -214,9 +214,6 @@ fn guest_namespaces(
     own_names: bool,
 ) -> Result<Vec<LinuxNamespace>, SpecError> {
     let mut guest = vec![namespace(LinuxNamespaceType::Mount, None)];
-    if load::namespace(namespaces, LinuxNamespaceType::User).is_some() {
-        guest.extend(POD_NAMESPACES.map(|(kind, path)| namespace(kind, Some(path))));
-    }
     if *role == Role::Single {
         // It has no pod beside it: only its network namespace (that of its virtual machine) can be an existing one.
         for (kind, name) in [
@@ -231,14 +228,19 @@ fn guest_namespaces(
     // The pod's pid namespace is whatever has a path, and what stands for the host's: there is no other that a container could join.
     let own_pid = load::namespace(namespaces, LinuxNamespaceType::Pid).is_some_and(|pid| !joins(pid));
     guest.push(namespace(LinuxNamespaceType::Pid, (!own_pid).then_some(SHARED_PID)));
-    if own_names {
-        guest.push(namespace(LinuxNamespaceType::Uts, None));
-    }
     // A single container's are the machine's.
-    if *role != Role::Single {
-        let new = |kind| load::namespace(namespaces, kind).is_some_and(|namespace| !joins(namespace));
-        let kinds = [LinuxNamespaceType::Ipc, LinuxNamespaceType::Network].into_iter().filter(|&kind| new(kind));
-        guest.extend(kinds.map(|kind| namespace(kind, None)));
+    let new = |kind| {
+        *role != Role::Single && load::namespace(namespaces, kind).is_some_and(|namespace| !joins(namespace))
+    };
+    let own = [
+        (LinuxNamespaceType::Uts, own_names),
+        (LinuxNamespaceType::Ipc, new(LinuxNamespaceType::Ipc)),
+        (LinuxNamespaceType::Network, new(LinuxNamespaceType::Network)),
+    ];
+    guest.extend(own.iter().filter(|(_, is_own)| *is_own).map(|(kind, _)| namespace(*kind, None)));
+    if load::namespace(namespaces, LinuxNamespaceType::User).is_some() {
+        let pods = POD_NAMESPACES.iter().filter(|(kind, _)| !own.contains(&(*kind, true)));
+        guest.extend(pods.map(|(kind, path)| namespace(*kind, Some(path))));
     }
     for (kind, name) in [(LinuxNamespaceType::Cgroup, "cgroup"), (LinuxNamespaceType::Time, "time")] {
         refuse_joining(namespaces, kind, name)?;

@@ -20,7 +20,7 @@ fn judge(text: &[u8]) -> Result<(), SpecError> {
     load::pod(&spec)?;
     size::of(&spec, &role, &Config::default(), 8)?;
     for role in [Role::Member(SANDBOX.to_owned()), Role::Single] {
-        convert(spec.clone(), "c0ffee", &role)?;
+        convert(spec.clone(), "c0ffee", &role, None)?;
     }
     Ok(())
 }
@@ -115,7 +115,7 @@ fn relative_and_escaping_paths() {
     let refused = |change: fn(&mut Value)| {
         let mut value = member();
         change(&mut value);
-        convert(serde_json::from_value(value).unwrap(), "c0ffee", &Role::Member(SANDBOX.to_owned())).unwrap_err()
+        convert(serde_json::from_value(value).unwrap(), "c0ffee", &Role::Member(SANDBOX.to_owned()), None).unwrap_err()
     };
     let error = refused(|value| value["process"]["cwd"] = json!("home"));
     assert!(matches!(error, SpecError::WorkingDirectory(_)), "{error}");
@@ -134,7 +134,7 @@ fn what_is_the_hosts_alone_is_refused() {
         let mut value = member();
         value["linux"][place] = asked;
         let error =
-            convert(serde_json::from_value(value).unwrap(), "c0ffee", &Role::Member(SANDBOX.to_owned())).unwrap_err();
+            convert(serde_json::from_value(value).unwrap(), "c0ffee", &Role::Member(SANDBOX.to_owned()), None).unwrap_err();
         assert!(error.to_string().contains(place), "{error}");
     }
 }
@@ -148,7 +148,7 @@ fn sysctls_of_a_container_are_of_its_own_namespaces() {
             value["linux"]["namespaces"] =
                 json!([{"type": "ipc"}, {"type": "network"}, {"type": "uts"}, {"type": "pid"}]);
         }
-        convert(serde_json::from_value(value).unwrap(), "c0ffee", &Role::Member(SANDBOX.to_owned()))
+        convert(serde_json::from_value(value).unwrap(), "c0ffee", &Role::Member(SANDBOX.to_owned()), None)
     };
     for name in [
         "net.ipv4.ip_forward",

@@ -16,6 +16,7 @@ fn all() -> Vec<SpecError> {
         SpecError::Missing("X"),
         SpecError::HostNamespace("X"),
         SpecError::UserNamespace,
+        SpecError::OtherUserNamespace,
         SpecError::ForeignNamespace("X", "P".into()),
         SpecError::Hooks("X"),
         SpecError::TooManyMounts(1),
@@ -39,6 +40,7 @@ fn all() -> Vec<SpecError> {
             | SpecError::Missing(_)
             | SpecError::HostNamespace(_)
             | SpecError::UserNamespace
+            | SpecError::OtherUserNamespace
             | SpecError::ForeignNamespace(..)
             | SpecError::Hooks(_)
             | SpecError::TooManyMounts(_)

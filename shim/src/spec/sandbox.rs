@@ -18,7 +18,7 @@ mod generated {
 }
 
 pub(crate) use generated::cri::PodSandboxConfig;
-use generated::cri::{DNSConfig, NamespaceMode};
+use generated::cri::{DNSConfig, IDMapping, NamespaceMode};
 
 /// The message's name, as containerd's typeurl writes it.
 const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
@@ -51,6 +51,15 @@ pub(crate) fn spec(config: &PodSandboxConfig, id: &str, namespace: &str, netns: 
             namespaces.push(json!({"type": kind}));
         }
     }
+    // A mode that is none gets a namespace too, which is refused for want of maps.
+    let user = wished.userns_options.as_ref().filter(|user| !is_hosts(user.mode));
+    if user.is_some() {
+        namespaces.push(json!({"type": "user"}));
+    }
+    let (uids, gids) = match user.filter(|user| user.mode.enum_value() == Ok(NamespaceMode::POD)) {
+        Some(user) => (maps(&user.uids), maps(&user.gids)),
+        None => Default::default(),
+    };
     let mut notes: Map<String, Value> = config
         .annotations
         .iter()
@@ -75,11 +84,19 @@ pub(crate) fn spec(config: &PodSandboxConfig, id: &str, namespace: &str, netns: 
         "annotations": notes,
         "linux": {
             "namespaces": namespaces,
+            "uidMappings": uids,
+            "gidMappings": gids,
             "sysctl": linux.sysctls,
             "cgroupsPath": cgroups_path(&linux.cgroup_parent, id, namespace),
         },
     });
     serde_json::from_value(spec).map_err(SpecError::Encode)
+}
+
+/// Maps of ids as in an OCI spec.
+fn maps(lines: &[IDMapping]) -> Vec<Value> {
+    let line = |line: &IDMapping| json!({"containerID": line.container_id, "hostID": line.host_id, "size": line.length});
+    lines.iter().map(line).collect()
 }
 
 /// The sandbox's cgroup below the pod's, in systemd's form where the pod's is a slice.
@@ -122,6 +139,10 @@ impl Files {
         let readonly = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         mounts.retain(|mount| mount.destination() != Path::new("/dev/shm") || mount.typ().as_deref() != Some("tmpfs"));
+        // As containerd does, these files belong to the pod's root; its /dev/shm is the guest's own.
+        let linux = spec.linux().as_ref();
+        let uids = linux.and_then(|linux| linux.uid_mappings().clone()).filter(|lines| !lines.is_empty());
+        let gids = linux.and_then(|linux| linux.gid_mappings().clone()).filter(|lines| !lines.is_empty());
         // The name is the one by which containerd's own is known (mounts.rs).
         let mut wanted = vec![("/dev/shm".to_owned(), self.directory.join("shm"), false)];
         wanted.extend(
@@ -136,6 +157,9 @@ impl Files {
             let access = if readonly { "ro" } else { "rw" };
             mount.set_destination(destination.into()).set_typ(Some("bind".to_owned())).set_source(Some(source));
             mount.set_options(Some(["rbind", "rprivate", access].map(str::to_owned).to_vec()));
+            if mount.destination() != Path::new("/dev/shm") {
+                mount.set_uid_mappings(uids.clone()).set_gid_mappings(gids.clone());
+            }
             mounts.push(mount);
         }
         spec.set_mounts(Some(mounts));

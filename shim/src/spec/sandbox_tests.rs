@@ -1,6 +1,6 @@
 //! The Sandbox API's pods read as those of containerd's pause containers are.
 
-use generated::cri::{LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption};
+use generated::cri::{LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, UserNamespace};
 
 use super::*;
 use crate::config::Config;
@@ -54,6 +54,24 @@ fn a_pod_is_what_its_config_says() {
     config.annotations.insert("io.husk.vcpus".to_owned(), "2".to_owned());
     let spec = super::spec(&config, "s1", "k8s.io", "").unwrap();
     assert_eq!(size::of(&spec, &Role::Sandbox, &Config::default(), 8).unwrap().vcpus, 2);
+}
+
+#[test]
+fn a_user_namespace_is_the_pods() {
+    let wish = |mode: NamespaceMode| {
+        let ids = vec![IDMapping { container_id: 0, host_id: 1000, length: 65536, ..Default::default() }];
+        let user = UserNamespace { mode: mode.into(), uids: ids.clone(), gids: ids, ..Default::default() };
+        let options = NamespaceOption { userns_options: Some(user).into(), ..Default::default() };
+        let context = LinuxSandboxSecurityContext { namespace_options: Some(options).into(), ..Default::default() };
+        let linux = LinuxPodSandboxConfig { security_context: Some(context).into(), ..Default::default() };
+        load::pod(&spec(&config_of(linux), "s1", "k8s.io", "/run/netns/x").unwrap())
+    };
+    let ids = crate::storage::IdMap::of_options("0:1000:65536", "0:1000:65536");
+    assert_eq!(wish(NamespaceMode::POD).unwrap().user_namespace, ids);
+    assert_eq!(wish(NamespaceMode::NODE).unwrap().user_namespace, None);
+    for mode in [NamespaceMode::CONTAINER, NamespaceMode::TARGET] {
+        assert!(matches!(wish(mode), Err(SpecError::UserNamespace)), "{mode:?}");
+    }
 }
 
 #[test]

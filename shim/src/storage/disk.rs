@@ -42,6 +42,10 @@ pub(crate) fn root_disk(mounts: &[RootfsMount]) -> Result<Option<RootDisk>, Stor
     if !kind.is_block_device() && !(kind.is_file() && (options.looped || mount.kind == "erofs")) {
         return Ok(None);
     }
+    if options.maps_ids() {
+        let cause = Error::new(ErrorKind::Unsupported, "that is possible for root file systems in directories only");
+        return Err(failed("map its user ids")(cause));
+    }
     let read_only = options.readonly() || mount.kind == "erofs";
     // A claim on the device: while the guest has it, nobody on the host mounts it too (open(2), O_EXCL on block devices).
     let claim = if kind.is_block_device() && !read_only { libc::O_EXCL } else { 0 };
@@ -116,6 +120,8 @@ mod tests {
             assert!(root_disk(std::slice::from_ref(&other)).unwrap().is_none(), "{other:?}");
         }
         assert!(root_disk(&[]).unwrap().is_none());
+        let error = root_disk(&[mount("ext4", path, &["loop", "uidmap=0:1:1", "gidmap=0:1:1"])]).unwrap_err();
+        assert!(error.to_string().contains("map its user ids"), "{error}");
         fs::remove_file(&image).unwrap();
         let error = root_disk(&[mount("ext4", path, &["loop"])]).unwrap_err();
         assert!(error.to_string().contains("husk-image"), "{error}");

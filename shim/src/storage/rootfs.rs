@@ -161,6 +161,11 @@ impl Options {
         parsed
     }
 
+    /// Whether its ids are to be mapped.
+    pub(super) fn maps_ids(&self) -> bool {
+        self.uids.is_some() || self.gids.is_some()
+    }
+
     /// The map of ids, if there is to be one.
     fn mapped(&self) -> Result<Option<Mapped>, Error> {
         let invalid = || Error::new(ErrorKind::InvalidInput, "they are no two maps of ids");
