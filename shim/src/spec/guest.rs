@@ -229,9 +229,8 @@ fn guest_namespaces(
     let own_pid = load::namespace(namespaces, LinuxNamespaceType::Pid).is_some_and(|pid| !joins(pid));
     guest.push(namespace(LinuxNamespaceType::Pid, (!own_pid).then_some(SHARED_PID)));
     // A single container's are the machine's.
-    let new = |kind| {
-        *role != Role::Single && load::namespace(namespaces, kind).is_some_and(|namespace| !joins(namespace))
-    };
+    let new =
+        |kind| *role != Role::Single && load::namespace(namespaces, kind).is_some_and(|namespace| !joins(namespace));
     let own = [
         (LinuxNamespaceType::Uts, own_names),
         (LinuxNamespaceType::Ipc, new(LinuxNamespaceType::Ipc)),

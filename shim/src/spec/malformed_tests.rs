@@ -133,8 +133,8 @@ fn what_is_the_hosts_alone_is_refused() {
     ] {
         let mut value = member();
         value["linux"][place] = asked;
-        let error =
-            convert(serde_json::from_value(value).unwrap(), "c0ffee", &Role::Member(SANDBOX.to_owned()), None).unwrap_err();
+        let error = convert(serde_json::from_value(value).unwrap(), "c0ffee", &Role::Member(SANDBOX.to_owned()), None)
+            .unwrap_err();
         assert!(error.to_string().contains(place), "{error}");
     }
 }

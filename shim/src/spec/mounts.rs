@@ -91,7 +91,9 @@ impl Turn<'_> {
         if !is_bind {
             return match ids {
                 None => Ok(mount),
-                Some(_) => Err(refuse("wants its user ids mapped, which is possible for binds of files and directories only")),
+                Some(_) => {
+                    Err(refuse("wants its user ids mapped, which is possible for binds of files and directories only"))
+                }
             };
         }
         let source = mount.source().clone().ok_or_else(|| refuse("has no source"))?;
@@ -133,14 +135,19 @@ impl Turn<'_> {
                 self.needs.huge.insert(name, pages);
                 Ok(mount)
             }
-            Source::File | Source::Directory => {
-                Ok(self.share(mount, &source, options, ids, kind == Source::Directory))
-            }
+            Source::File | Source::Directory => Ok(self.share(mount, &source, options, ids, kind == Source::Directory)),
         }
     }
 
     /// A file or directory.
-    fn share(&mut self, mut mount: Mount, source: &Path, options: Vec<String>, ids: Option<MountIds>, directory: bool) -> Mount {
+    fn share(
+        &mut self,
+        mut mount: Mount,
+        source: &Path,
+        options: Vec<String>,
+        ids: Option<MountIds>,
+        directory: bool,
+    ) -> Mount {
         let has = |name: &str| options.iter().any(|option| option == name);
         let (readonly, below, recursive) = (has("ro") || has("rro"), has("rro"), has("rbind"));
         let live = has("rslave") || has("slave");

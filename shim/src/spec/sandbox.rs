@@ -95,7 +95,8 @@ pub(crate) fn spec(config: &PodSandboxConfig, id: &str, namespace: &str, netns: 
 
 /// Maps of ids as in an OCI spec.
 fn maps(lines: &[IDMapping]) -> Vec<Value> {
-    let line = |line: &IDMapping| json!({"containerID": line.container_id, "hostID": line.host_id, "size": line.length});
+    let line =
+        |line: &IDMapping| json!({"containerID": line.container_id, "hostID": line.host_id, "size": line.length});
     lines.iter().map(line).collect()
 }
 

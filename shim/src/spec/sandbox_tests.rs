@@ -1,6 +1,8 @@
 //! The Sandbox API's pods read as those of containerd's pause containers are.
 
-use generated::cri::{LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, UserNamespace};
+use generated::cri::{
+    LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, UserNamespace,
+};
 
 use super::*;
 use crate::config::Config;

@@ -3,8 +3,9 @@
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde_json::{Value, json};
 
-use super::guest::{GuestSpec, MountIds, convert};
+use super::guest::{GuestSpec, convert};
 use super::load::{self, Role};
+use super::mounts::MountIds;
 use super::size::{self, Size};
 use super::{SpecError, annotations};
 use crate::config::Config;
@@ -343,8 +344,8 @@ fn containers_share_the_user_namespace_of_their_pod() {
     ] {
         assert!(found.contains(&(kind, Some(format!("/run/husk/ns/{name}")))), "{found:?}");
     }
-    assert_eq!(guest.binds[0].ids, Some(MountIds { map: ids.clone(), recursive: false }));
-    assert_eq!(guest.binds[1].ids, None);
+    assert_eq!(guest.needs.binds[0].ids, Some(MountIds { map: ids.clone(), recursive: false }));
+    assert_eq!(guest.needs.binds[1].ids, None);
     let mount = &guest.spec.mounts().as_ref().unwrap()[2];
     assert!(mount.uid_mappings().is_none() && mount.gid_mappings().is_none());
 
@@ -362,7 +363,7 @@ fn mounts_are_mapped_by_their_own_ids_or_the_pods() {
     let mut value = with_user_namespace(member(), json!("/proc/77/ns/user"));
     value["mounts"][4]["options"] = json!(["rbind", "ridmap"]);
     let guest = convert(spec(value.clone()), "c0ffee", &role(), Some(&ids)).unwrap();
-    assert_eq!(guest.binds[1].ids, Some(MountIds { map: ids.clone(), recursive: true }));
+    assert_eq!(guest.needs.binds[1].ids, Some(MountIds { map: ids.clone(), recursive: true }));
     assert_eq!(guest.spec.mounts().as_ref().unwrap()[4].options().as_deref(), Some(&["rbind".to_owned()][..]));
     value["mounts"][4]["uidMappings"] = json!([{"containerID": 0, "hostID": 5, "size": 1}]);
     assert!(convert(spec(value.clone()), "c0ffee", &role(), Some(&ids)).is_err(), "no gidMappings");
