@@ -1,11 +1,14 @@
 """What a pod's security context asks for is what its processes have."""
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 import time
 
+from harness import netns
 from harness.command import run
 from harness.containerd import NAMESPACE, SOCKET
 from harness.crictl import crictl, pod
@@ -36,11 +39,57 @@ def _failing(box, *command):
     return done.stdout + done.stderr
 
 
+def _until(holds, within=15):
+    """Waits until something holds; an error is as good as not yet."""
+    end = time.monotonic() + within
+    while True:
+        with contextlib.suppress(OSError, AssertionError):
+            if holds():
+                return
+        assert time.monotonic() < end, f"not so after {within} s"
+        time.sleep(0.1)
+
+
 def _load(text):
     """Loads AppArmor profiles into the host's kernel."""
     if not pathlib.Path("/sys/kernel/security/apparmor").exists():
         raise Skip("the host has no AppArmor")
     run("apparmor_parser", "--replace", "--skip-cache", stdin=text)
+
+
+def test_users():
+    """Users, groups and the image's own groups of a user are what CRI asks for, also of an executed process."""
+    def of(box):
+        return box.exec("sh", "-c", "id -u; id -g; id -G").split("\n")
+
+    with pod() as it:
+        def box(image="busybox", **context):
+            return it.start(["sleep", "1000"], image=image, linux={"security_context": context})
+
+        assert of(box()) == ["0", "0", "0"]
+        plain = box(run_as_user={"value": 1000}, run_as_group={"value": 3000}, supplemental_groups=[5000])
+        uid, gid, groups = of(plain)
+        assert (uid, gid) == ("1000", "3000") and {"3000", "2000", "5000"} <= set(groups.split()), groups
+        named = box(run_as_username="user", no_new_privs=True, capabilities={"drop_capabilities": ["ALL"]})
+        assert of(named)[:2] == ["1000", "1000"]
+        status = dict(line.split(":\t") for line in named.exec("cat", "/proc/self/status").splitlines() if ":\t" in line)
+        assert status["NoNewPrivs"] == "1" and status["CapBnd"] == status["CapEff"] == "0" * 16, status
+
+
+def test_privileged():
+    """A privileged container has the guest's devices and none of the host's, writes to /proc/sys and /sys, and has every capability."""
+    privileged = {"security_context": {"privileged": True}}
+    with pod(linux=privileged) as it:
+        box = it.start(["sleep", "1000"], linux=privileged)
+        found = box.exec("find", "/dev", "(", "-type", "c", "-o", "-type", "b", ")").split()
+        assert {"/dev/hvc0", "/dev/kmsg", "/dev/net/tun", "/dev/null"} <= set(found), found
+        assert not {"/dev/kvm", "/dev/vhost-net", "/dev/loop0", "/dev/console"} & set(found), found
+        box.exec("sh", "-c", "echo 7 > /proc/sys/vm/swappiness; head -c 0 /dev/kmsg; mkdir /sys/fs/cgroup/below; rmdir /sys/fs/cgroup/below")
+        assert box.exec("cat", "/proc/sys/vm/swappiness") == "7"
+        full = box.exec("sh", "-c", "grep CapEff /proc/self/status; cat /proc/sys/kernel/cap_last_cap").split()
+        assert int(full[1], 16) == (2 << int(full[2])) - 1, full
+        plain = it.start(["sleep", "1000"])
+        assert "hvc0" not in plain.exec("ls", "/dev")
 
 
 def test_host_processes():
@@ -124,14 +173,17 @@ def test_user_namespace():
         box.exec("ip", "link", "add", "dummy7", "type", "bridge")
         assert box.exec("cat", "/proc/sys/kernel/shm_rmid_forced", "/proc/sys/net/ipv4/ip_forward") == "1\n1"
         # What does not: the machine.
-        assert "Operation not permitted" in _failing(box, "mount", "-t", "tmpfs", "none", "/tmp")
+        for denied in (["mount", "-t", "tmpfs", "none", "/tmp"], ["sh", "-c", "echo 7 > /proc/sys/vm/swappiness"]):
+            assert re.search("denied|not permitted|Read-only", said := _failing(box, *denied)), said
+        assert box.exec("cat", "/proc/self/attr/current") == "cri-containerd.apparmor.d (enforce)"
+        # Who connects from the host's namespace of the pod is passed on into the guest's.
+        it.start(["sh", "-c", "echo inside > /index.html; exec httpd -f -p 127.0.0.1:80 -h /"], linux=MAPPED)
+        _until(lambda: netns.get(netns.connect(netns.of(it), "127.0.0.1", 80)) == "inside")
         # Another container shares it, and a user of it owns its streams.
         other = it.start(["sh", "-c", "id -u; readlink /proc/self/ns/user; echo err > /dev/stderr; exec sleep 1000"],
                          linux={"security_context": {**MAPPED["security_context"], "run_as_user": {"value": 1000}}})
-        end = time.monotonic() + 10
-        while len(said := other.logs().split()) < 3 and time.monotonic() < end:
-            time.sleep(0.1)
-        assert said[0] == "1000" and "err" in said and box.exec("readlink", "/proc/self/ns/user") in said, said
+        _until(lambda: "stderr F err" in other.log_file().read_text())
+        assert other.logs().split() == ["1000", box.exec("readlink", "/proc/self/ns/user")]
         assert box.exec("sh", "-c", "echo out > /dev/stdout") == "out"
 
 
@@ -139,5 +191,5 @@ def test_user_namespace_of_single():
     """ctr's --uidmap makes a container whose root is nobody outside, its pipes its own."""
     ctr = ["ctr", "-a", SOCKET, "-n", NAMESPACE, "run", "--rm", "--runtime", "io.containerd.husk.v2"]
     script = "cat /proc/self/uid_map; stat -c %u /bin/busybox; echo to > /dev/stdout"
-    done = run(*ctr, "--uidmap", "0:5000:1000", "--gidmap", "0:6000:1000", "husk.test/busybox:1", "mapped1", "sh", "-c", script)
-    assert done.stdout.split() == ["0", "5000", "1000", "0", "to"], done.stdout
+    done = run(*ctr, "--uidmap", "0:5000:65536", "--gidmap", "0:6000:65536", "husk.test/busybox:1", "mapped1", "sh", "-c", script)
+    assert done.stdout.split() == ["0", "5000", "65536", "0", "to"], done.stdout

@@ -74,10 +74,11 @@ def version():
 class Containerd:
     """The daemon; `log` is what it and the shims say."""
 
-    def __init__(self, logs, binaries, images):
+    def __init__(self, logs, binaries, images, state_on_disk=False):
         self.log = pathlib.Path(logs) / "containerd.log"
         self.binaries = binaries
         self.images = images
+        self.state_on_disk = state_on_disk
         self.process = None
 
     def start(self):
@@ -118,6 +119,10 @@ class Containerd:
             file.truncate(3 << 30)
         run("mkfs.ext4", "-q", "-O", "^has_journal", "-E", "nodiscard", image)
         run("mount", "-o", "loop", image, folder)
+        if self.state_on_disk:
+            for state in (f"{folder}/state", "/run/husk-test/state"):
+                os.makedirs(state, exist_ok=True)
+            run("mount", "--bind", f"{folder}/state", "/run/husk-test/state")
 
     def load(self, *names):
         """Loads images of tests/images by name."""

@@ -2,13 +2,17 @@
 
 use std::{
     ffi::OsStr,
-    os::fd::{AsFd, OwnedFd},
-    path::Path,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Path, PathBuf},
 };
 
 use nix::{
+    dir::Dir,
     errno::Errno,
-    fcntl::AtFlags,
+    fcntl::{AtFlags, OFlag, openat},
     sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, makedev, mknodat},
     unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat},
 };
@@ -35,6 +39,9 @@ const LINKS: [(&str, &str); 5] = [
     ("/proc/self/fd/2", "stderr"),
     ("pts/ptmx", "ptmx"),
 ];
+
+/// Most nodes that a container is given: far above what a guest has.
+const MAX_NODES: usize = 1024;
 
 /// A device to make.
 struct Device {
@@ -75,7 +82,63 @@ pub(crate) fn populate(root: &Root, spec: &Spec, user_namespace: bool) -> Step<(
         let (directory, name) = paths::parent(&root.root, path).doing(doing)?;
         make(root, &directory, name, &of_spec(device)?, user_namespace).doing(doing)?;
     }
+    if may_use_all(spec) {
+        for (path, device) in of_agent(root).doing(|| "list the guest's devices")? {
+            add(root, &dev, &path, &device, user_namespace).doing(|| format!("make /dev/{}", path.display()))?;
+        }
+    }
     Ok(())
+}
+
+/// Whether the container may use every device there is (a privileged one).
+fn may_use_all(spec: &Spec) -> bool {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    resources.iter().flat_map(|resources| resources.devices().iter().flatten()).any(|rule| {
+        rule.allow()
+            && rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A)
+            && rule.major().is_none_or(|major| major < 0)
+            && rule.minor().is_none_or(|minor| minor < 0)
+    })
+}
+
+/// Makes one of the guest's devices in the container's /dev, unless the container has something of that name.
+fn add(root: &Root, dev: &OwnedFd, path: &Path, device: &Device, user_namespace: bool) -> Step<()> {
+    let (directory, name) = paths::parent(dev, path).doing(|| "make its directory")?;
+    match paths::stat_entry(&directory, name) {
+        Err(Errno::ENOENT) => make(root, &directory, name, device, user_namespace),
+        other => other.map(drop).doing(|| "look at what is there"),
+    }
+}
+
+/// The nodes in the agent's /dev, which are those of the guest's kernel (devtmpfs), by their paths there; without the console, which is
+/// the machine's own.
+fn of_agent(root: &Root) -> Step<Vec<(PathBuf, Device)>> {
+    let mut found = Vec::new();
+    let mut pending = vec![PathBuf::new()];
+    while let Some(below) = pending.pop() {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let directory = openat(&root.old, &Path::new("dev").join(&below), flags, Mode::empty())
+            .doing(|| format!("open /dev/{}", below.display()))?;
+        let mut listing =
+            Dir::from_fd(directory.try_clone().doing(|| "duplicate a descriptor")?).doing(|| "list it")?;
+        for entry in listing.iter() {
+            let entry = entry.doing(|| "list it")?;
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if matches!(name.as_bytes(), b"." | b".." | b"console") || found.len() + pending.len() >= MAX_NODES {
+                continue;
+            }
+            let path = below.join(name);
+            let stat = paths::stat_entry(&directory, name).doing(|| format!("look at /dev/{}", path.display()))?;
+            let kind = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
+            if kind == SFlag::S_IFDIR {
+                pending.push(path);
+            } else if kind == SFlag::S_IFCHR || kind == SFlag::S_IFBLK {
+                let mode = Mode::from_bits_truncate(stat.st_mode & 0o7777);
+                found.push((path, Device { kind, number: stat.st_rdev, mode, uid: None, gid: None }));
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn of_spec(device: &LinuxDevice) -> Step<Device> {
@@ -124,14 +187,13 @@ fn make(root: &Root, directory: &OwnedFd, name: &OsStr, device: &Device, user_na
     Ok(())
 }
 
-/// In a user namespace nobody may mknod: the agent's device of that name is bound, if it has the right number.
+/// In a user namespace nobody may mknod: the agent's device of that kind and number is bound.
 fn bind(root: &Root, directory: &OwnedFd, name: &OsStr, device: &Device) -> Step<()> {
-    let path = format!("dev/{}", name.to_string_lossy());
-    let source = root.open_old(&path).doing(|| format!("open the agent's /{path}"))?;
-    let stat = nix::sys::stat::fstat(&source).doing(|| "look at it")?;
-    if !paths::is(&stat, device.kind) || stat.st_rdev != device.number {
-        return Err(Fault::new(format!("the agent's /{path} is another device")));
-    }
+    let nodes = of_agent(root).doing(|| "list the guest's devices")?;
+    let node = nodes.iter().find(|(_, node)| node.kind == device.kind && node.number == device.number);
+    let (path, _) = node.ok_or_else(|| Fault::new("the guest has no such device"))?;
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let source = openat(&root.old, &Path::new("dev").join(path), flags, Mode::empty()).doing(|| "open the agent's")?;
     let target = paths::walk(directory, Path::new(name), Missing::File, Links::Refuse).doing(|| "make the target")?;
     let tree = sys::clone_tree(Some(source.as_fd()), c"", false).doing(|| "clone it")?;
     sys::attach(tree, target).doing(|| "bind it")
