@@ -1,15 +1,13 @@
 """What a pod's security context asks for is what its processes have."""
 
-import contextlib
 import json
 import os
 import pathlib
 import re
 import tempfile
-import time
 
 from harness import netns
-from harness.command import run
+from harness.command import run, wait
 from harness.containerd import NAMESPACE, SOCKET
 from harness.crictl import crictl, pod
 from harness.runner import Skip
@@ -37,17 +35,6 @@ def _failing(box, *command):
     done = crictl("exec", "-s", box.id, *command, check=False)
     assert done.returncode, f"{' '.join(command)} succeeded"
     return done.stdout + done.stderr
-
-
-def _until(holds, within=15):
-    """Waits until something holds; an error is as good as not yet."""
-    end = time.monotonic() + within
-    while True:
-        with contextlib.suppress(OSError, AssertionError):
-            if holds():
-                return
-        assert time.monotonic() < end, f"not so after {within} s"
-        time.sleep(0.1)
 
 
 def _load(text):
@@ -178,11 +165,11 @@ def test_user_namespace():
         assert box.exec("cat", "/proc/self/attr/current") == "cri-containerd.apparmor.d (enforce)"
         # Who connects from the host's namespace of the pod is passed on into the guest's.
         it.start(["sh", "-c", "echo inside > /index.html; exec httpd -f -p 127.0.0.1:80 -h /"], linux=MAPPED)
-        _until(lambda: netns.get(netns.connect(netns.of(it), "127.0.0.1", 80)) == "inside")
+        wait(lambda: netns.get(netns.connect(netns.of(it), "127.0.0.1", 80)) == "inside", 15, (OSError, AssertionError))
         # Another container shares it, and a user of it owns its streams.
         other = it.start(["sh", "-c", "id -u; readlink /proc/self/ns/user; echo err > /dev/stderr; exec sleep 1000"],
                          linux={"security_context": {**MAPPED["security_context"], "run_as_user": {"value": 1000}}})
-        _until(lambda: "stderr F err" in other.log_file().read_text())
+        wait(lambda: "stderr F err" in other.log_file().read_text(), 15, (OSError,))
         assert other.logs().split() == ["1000", box.exec("readlink", "/proc/self/ns/user")]
         assert box.exec("sh", "-c", "echo out > /dev/stdout") == "out"
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-from harness.command import run
+from harness.command import run, wait
 from harness.crictl import crictl, pids, pod
 from harness.runner import deadline
 
@@ -41,15 +41,6 @@ def state(ident):
     """The task's status as `ctr task ls` prints it."""
     lines = [line.split() for line in ctr("task", "ls").stdout.splitlines()]
     return next((line[2] for line in lines if line[0] == ident), None)
-
-
-def wait(what, within=20):
-    """Until `what` gives something true, which comes back."""
-    end = time.monotonic() + within
-    while not (found := what()):
-        assert time.monotonic() < end, f"not so within {within} s: {what}"
-        time.sleep(0.05)
-    return found
 
 
 class Events:
@@ -135,7 +126,8 @@ def test_metrics_are_of_the_guests_cgroup():
         def table():
             return dict(line.split() for line in ctr("task", "metrics", ident).stdout.splitlines() if len(line.split()) == 2)
 
-        wait(lambda: int(table()["memory.usage"]) > 8_000_000)
+        # The shell goes on to its last program after the file is written.
+        wait(lambda: (seen := table())["pids.current"] == "2" and int(seen["memory.usage"]) > 8_000_000)
         now = table()
         assert now["pids.current"] == "2" and int(now["memory.usage"]) < 64 << 20 and int(now["cpu.usage_usec"]) > 0, now
 

@@ -1,7 +1,9 @@
 """Runs programs for the tests: the test's own deadline ends them (a backstop where none runs), and a failure shows what was run and all
 that it said."""
 
+import contextlib
 import subprocess
+import time
 
 
 class Failed(AssertionError):
@@ -24,3 +26,14 @@ def run(*command, timeout=600, check=True, stdin=None, text=True, env=None):
 def output(*command, **options):
     """What a command that succeeds prints, without the last newline."""
     return run(*command, **options).stdout.rstrip("\n")
+
+
+def wait(what, within=20, despite=()):
+    """Until `what` gives something true, which comes back; an error of the kinds `despite` is as good as not yet."""
+    end = time.monotonic() + within
+    while True:
+        with contextlib.suppress(*despite):
+            if found := what():
+                return found
+        assert time.monotonic() < end, f"not so within {within} s: {what}"
+        time.sleep(0.05)

@@ -52,6 +52,9 @@ struct Device {
     gid: Option<Gid>,
 }
 
+/// A node of the guest's own, by its path below its /dev.
+type Node = (PathBuf, Device);
+
 /// Makes the usual devices and links and those of the spec. A /dev that is bound from elsewhere is left as it is.
 pub(crate) fn populate(root: &Root, spec: &Spec, user_namespace: bool) -> Step<()> {
     let bound = |m: &oci_spec::runtime::Mount| {
@@ -63,6 +66,10 @@ pub(crate) fn populate(root: &Root, spec: &Spec, user_namespace: bool) -> Step<(
         return Ok(());
     }
     let dev = paths::walk(&root.root, Path::new("/dev"), Missing::Directory, Links::Follow).doing(|| "open /dev")?;
+    let all = may_use_all(spec);
+    let nodes = if user_namespace || all { of_agent(root).doing(|| "list the guest's devices")? } else { Vec::new() };
+    // In a user namespace nobody may mknod.
+    let bound_from = user_namespace.then_some(nodes.as_slice());
     for (name, major, minor) in USUAL {
         let device = Device {
             kind: SFlag::S_IFCHR,
@@ -71,7 +78,7 @@ pub(crate) fn populate(root: &Root, spec: &Spec, user_namespace: bool) -> Step<(
             uid: None,
             gid: None,
         };
-        make(root, &dev, OsStr::new(name), &device, user_namespace).doing(|| format!("make /dev/{name}"))?;
+        make(root, &dev, OsStr::new(name), &device, bound_from).doing(|| format!("make /dev/{name}"))?;
     }
     for (target, name) in LINKS {
         link(&dev, target, name).doing(|| format!("link /dev/{name}"))?;
@@ -80,12 +87,10 @@ pub(crate) fn populate(root: &Root, spec: &Spec, user_namespace: bool) -> Step<(
         let path = device.path();
         let doing = || format!("make device {}", path.display());
         let (directory, name) = paths::parent(&root.root, path).doing(doing)?;
-        make(root, &directory, name, &of_spec(device)?, user_namespace).doing(doing)?;
+        make(root, &directory, name, &of_spec(device)?, bound_from).doing(doing)?;
     }
-    if may_use_all(spec) {
-        for (path, device) in of_agent(root).doing(|| "list the guest's devices")? {
-            add(root, &dev, &path, &device, user_namespace).doing(|| format!("make /dev/{}", path.display()))?;
-        }
+    for (path, device) in nodes.iter().filter(|_| all) {
+        add(root, &dev, path, device, bound_from).doing(|| format!("make /dev/{}", path.display()))?;
     }
     Ok(())
 }
@@ -102,17 +107,17 @@ fn may_use_all(spec: &Spec) -> bool {
 }
 
 /// Makes one of the guest's devices in the container's /dev, unless the container has something of that name.
-fn add(root: &Root, dev: &OwnedFd, path: &Path, device: &Device, user_namespace: bool) -> Step<()> {
+fn add(root: &Root, dev: &OwnedFd, path: &Path, device: &Device, bound_from: Option<&[Node]>) -> Step<()> {
     let (directory, name) = paths::parent(dev, path).doing(|| "make its directory")?;
     match paths::stat_entry(&directory, name) {
-        Err(Errno::ENOENT) => make(root, &directory, name, device, user_namespace),
+        Err(Errno::ENOENT) => make(root, &directory, name, device, bound_from),
         other => other.map(drop).doing(|| "look at what is there"),
     }
 }
 
 /// The nodes in the agent's /dev, which are those of the guest's kernel (devtmpfs), by their paths there; without the console, which is
 /// the machine's own.
-fn of_agent(root: &Root) -> Step<Vec<(PathBuf, Device)>> {
+fn of_agent(root: &Root) -> Step<Vec<Node>> {
     let mut found = Vec::new();
     let mut pending = vec![PathBuf::new()];
     while let Some(below) = pending.pop() {
@@ -160,9 +165,10 @@ fn of_spec(device: &LinuxDevice) -> Step<Device> {
     })
 }
 
-fn make(root: &Root, directory: &OwnedFd, name: &OsStr, device: &Device, user_namespace: bool) -> Step<()> {
-    if user_namespace && device.kind != SFlag::S_IFIFO {
-        return bind(root, directory, name, device);
+/// Makes a device, or binds one of the guest's if they are given; FIFOs are made in any case.
+fn make(root: &Root, directory: &OwnedFd, name: &OsStr, device: &Device, bound_from: Option<&[Node]>) -> Step<()> {
+    if let (Some(nodes), false) = (bound_from, device.kind == SFlag::S_IFIFO) {
+        return bind(root, directory, name, device, nodes);
     }
     match mknodat(directory, name, device.kind, device.mode, device.number) {
         Err(Errno::EEXIST) => {
@@ -187,9 +193,8 @@ fn make(root: &Root, directory: &OwnedFd, name: &OsStr, device: &Device, user_na
     Ok(())
 }
 
-/// In a user namespace nobody may mknod: the agent's device of that kind and number is bound.
-fn bind(root: &Root, directory: &OwnedFd, name: &OsStr, device: &Device) -> Step<()> {
-    let nodes = of_agent(root).doing(|| "list the guest's devices")?;
+/// Binds the one of the guest's devices that has this kind and number.
+fn bind(root: &Root, directory: &OwnedFd, name: &OsStr, device: &Device, nodes: &[Node]) -> Step<()> {
     let node = nodes.iter().find(|(_, node)| node.kind == device.kind && node.number == device.number);
     let (path, _) = node.ok_or_else(|| Fault::new("the guest has no such device"))?;
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;

@@ -23,8 +23,9 @@ use crate::spec::SpecError;
 use crate::spec::guest;
 use crate::spec::load::Role;
 use crate::spec::mounts::{HostBind, LIVE, MOUNTS};
+use crate::storage::idmap::Namespaces;
 use crate::storage::source::HugePages;
-use crate::storage::{self, BindOptions, Mapped, RootfsMount, StorageError, disk};
+use crate::storage::{self, BindOptions, RootfsMount, StorageError, disk};
 
 /// A container's files on the host, and where they go.
 struct Files {
@@ -236,8 +237,10 @@ fn mount(files: &Files) -> Result<(), StorageError> {
     } else {
         storage::mount_rootfs(&files.rootfs, &root, &files.scratch)?;
     }
+    let mut namespaces = Namespaces::default();
     for bind in &files.binds {
-        let mapped = bind.ids.as_ref().map(|ids| Mapped::new(&ids.map, ids.recursive, &bind.source)).transpose()?;
+        let ids = bind.ids.as_ref();
+        let mapped = ids.map(|ids| namespaces.map(&ids.map, ids.recursive, &bind.source)).transpose()?;
         storage::bind_mapped(&bind.source, &files.share.join(&bind.place), bind.options, mapped.as_ref())?;
     }
     Ok(())

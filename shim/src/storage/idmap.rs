@@ -1,11 +1,13 @@
 //! Mappings of user and group ids for mounts: a user namespace that holds the mapping, and the mount attribute that takes it
 //! (mount_setattr(2), "ID-mapped mounts"; Linux 5.12 and later, overlayfs over such layers 5.19).
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{Error, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
@@ -136,17 +138,27 @@ fn clone_into_user_namespace() -> Result<(i32, OwnedFd), Error> {
 #[derive(Debug)]
 pub(crate) struct Mapped {
     /// The user namespace that holds the map.
-    pub(crate) namespace: OwnedFd,
+    pub(crate) namespace: Arc<OwnedFd>,
     /// Also of the mounts below it.
     pub(crate) recursive: bool,
 }
 
-impl Mapped {
-    /// As `map` says, for the mount of `source`.
-    pub(crate) fn new(map: &IdMap, recursive: bool, source: &Path) -> Result<Self, StorageError> {
-        let name = source.display().to_string();
-        let namespace = map.namespace().map_err(step(&name, source, "make a user namespace of its mappings"))?;
-        Ok(Self { namespace, recursive })
+/// User namespaces of maps, each made once: making one takes a process.
+#[derive(Debug, Default)]
+pub(crate) struct Namespaces<'a>(HashMap<&'a IdMap, Arc<OwnedFd>>);
+
+impl<'a> Namespaces<'a> {
+    /// How `map` is applied to the mount of `source`.
+    pub(crate) fn map(&mut self, map: &'a IdMap, recursive: bool, source: &Path) -> Result<Mapped, StorageError> {
+        let namespace = match self.0.get(map) {
+            Some(namespace) => Arc::clone(namespace),
+            None => {
+                let name = source.display().to_string();
+                let made = map.namespace().map_err(step(&name, source, "make a user namespace of its mappings"))?;
+                Arc::clone(self.0.entry(map).or_insert(Arc::new(made)))
+            }
+        };
+        Ok(Mapped { namespace, recursive })
     }
 }
 
@@ -194,6 +206,15 @@ mod tests {
         assert_ne!(inode(&namespaces[0]), fs::metadata("/proc/self/ns/user").unwrap().ino());
         let children = fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
         assert_eq!(children, "", "processes are left");
+    }
+
+    #[test]
+    fn a_map_has_one_namespace() {
+        let (one, other) = (IdMap::of_options("0:1:1", "0:1:1").unwrap(), IdMap::of_options("0:2:1", "0:1:1").unwrap());
+        let mut namespaces = Namespaces::default();
+        let mut map = |map| namespaces.map(map, false, Path::new("/")).unwrap().namespace;
+        let (first, second, third) = (map(&one), map(&other), map(&one));
+        assert!(Arc::ptr_eq(&first, &third) && !Arc::ptr_eq(&first, &second));
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub(crate) mod volume;
 
 use std::path::{Path, PathBuf};
 
-pub(crate) use idmap::{IdMap, Mapped};
+pub(crate) use idmap::IdMap;
 pub(crate) use rootfs::{RootfsMount, mount_rootfs};
 pub(crate) use volume::{BindOptions, Propagation, bind, bind_mapped, unmount};
 

@@ -4,6 +4,7 @@ use std::fs::create_dir_all;
 use std::io::{Error, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount};
 use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
@@ -173,7 +174,7 @@ impl Options {
             (None, None) => Ok(None),
             (Some(uids), Some(gids)) => {
                 let namespace = IdMap::of_options(uids, gids).ok_or_else(invalid)?.namespace()?;
-                Ok(Some(Mapped { namespace, recursive: false }))
+                Ok(Some(Mapped { namespace: Arc::new(namespace), recursive: false }))
             }
             _ => Err(invalid()),
         }

@@ -175,7 +175,7 @@ fn maps_ids_of_volumes_and_layers() {
         assert!(!scratch.exists());
 
         let namespace = IdMap::of_options("0:1000:100", "0:2000:100").unwrap().namespace().unwrap();
-        let mapped = Mapped { namespace, recursive: false };
+        let mapped = idmap::Mapped { namespace: namespace.into(), recursive: false };
         write(here.join("volume/file"), "x").unwrap();
         let target = here.join("mounts/0");
         bind_mapped(&here.join("volume"), &target, BindOptions::default(), Some(&mapped)).unwrap();
