@@ -3,7 +3,6 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
@@ -17,20 +16,15 @@ const KEPT: usize = 8;
 /// Longest line in bytes; longer ones are cut in pieces.
 const MAX_LINE: usize = 512;
 
-/// The last lines of one source.
+/// The last lines of one source; its end is that of the channel.
 #[derive(Clone, Debug)]
-pub(crate) struct Tail {
-    lines: Arc<Mutex<VecDeque<String>>>,
-    ended: watch::Receiver<bool>,
-}
+pub(crate) struct Tail(watch::Receiver<VecDeque<String>>);
 
 impl Tail {
     /// Reads `pipe` to its end in the background. Lines of a `source` that is husk's own are logged as info, others as debug.
     pub(crate) fn read(pipe: OwnedFd, source: &'static str, is_own: bool) -> std::io::Result<Self> {
         let mut pipe = pipe::Receiver::from_owned_fd(pipe)?;
-        let lines = Arc::new(Mutex::new(VecDeque::with_capacity(KEPT)));
-        let (done, ended) = watch::channel(false);
-        let kept = Arc::clone(&lines);
+        let (kept, lines) = watch::channel(VecDeque::with_capacity(KEPT));
         tokio::spawn(async move {
             let mut splitter = Splitter::default();
             let mut buffer = [0; 4096];
@@ -38,32 +32,32 @@ impl Tail {
                 splitter.push(&buffer[..length], |line| keep(&kept, source, is_own, line));
             }
             splitter.finish(|line| keep(&kept, source, is_own, line));
-            let _ = done.send(true);
         });
-        Ok(Self { lines, ended })
+        Ok(Self(lines))
     }
 
     /// The last lines, after the source's end or, at the latest, `limit`.
     pub(crate) async fn last(&self, limit: Duration) -> String {
-        let mut ended = self.ended.clone();
-        let _ = tokio::time::timeout(limit, ended.wait_for(|ended| *ended)).await;
-        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.0.clone();
+        let _ = tokio::time::timeout(limit, lines.wait_for(|_| false)).await;
+        let lines = lines.borrow();
         lines.iter().map(String::as_str).collect::<Vec<_>>().join(" | ")
     }
 }
 
 /// Logs and keeps one line.
-fn keep(kept: &Mutex<VecDeque<String>>, source: &'static str, is_own: bool, line: &str) {
+fn keep(kept: &watch::Sender<VecDeque<String>>, source: &'static str, is_own: bool, line: &str) {
     if is_own {
         info!("{source}: {line}");
     } else {
         debug!("{source}: {line}");
     }
-    let mut lines = kept.lock().unwrap_or_else(PoisonError::into_inner);
-    if lines.len() == KEPT {
-        lines.pop_front();
-    }
-    lines.push_back(line.to_owned());
+    kept.send_modify(|lines| {
+        if lines.len() == KEPT {
+            lines.pop_front();
+        }
+        lines.push_back(line.to_owned());
+    });
 }
 
 /// Cuts bytes into lines of printable text.

@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -19,8 +19,6 @@ use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockTy
 use super::PeerError;
 use super::helper::{self, Helper, Inherited};
 use super::tail::Tail;
-use crate::config::Programs;
-use crate::network::Tap;
 use crate::spec::size::Size;
 
 /// The virtio-fs tag of the share directory.
@@ -37,26 +35,51 @@ const DETACH_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) struct Start<'a> {
     /// The pod's id.
     pub(crate) id: &'a str,
-    /// Programs and guest image.
-    pub(crate) programs: &'a Programs,
+    /// husk-vmm.
+    pub(crate) program: &'a Path,
     /// vCPUs and memory.
     pub(crate) size: Size,
-    /// The kernel command line.
-    pub(crate) cmdline: String,
+    /// What it begins from.
+    pub(crate) from: Beginning<'a>,
     /// The VMM's end of the dial channel.
     pub(crate) dial: OwnedFd,
-    /// The connection to husk-fs.
-    pub(crate) fs: OwnedFd,
+    /// The connection to husk-fs; none in a VM that is to be saved.
+    pub(crate) fs: Option<OwnedFd>,
     /// Request queues of husk-fs.
     pub(crate) fs_request_queues: u16,
-    /// Taps of the pod's network.
-    pub(crate) taps: Vec<Tap>,
+    /// Network interfaces.
+    pub(crate) nets: Vec<Net>,
     /// The pod's network namespace.
     pub(crate) netns: Option<OwnedFd>,
     /// User and group id of the VMM.
     pub(crate) uid: u32,
     /// Whether there is an early serial console.
     pub(crate) serial: bool,
+}
+
+/// What a VM begins from.
+#[derive(Debug)]
+pub(crate) enum Beginning<'a> {
+    /// A kernel.
+    Kernel {
+        /// Its file.
+        kernel: &'a Path,
+        /// The guest's initramfs.
+        initramfs: &'a Path,
+        /// The kernel command line.
+        cmdline: String,
+    },
+}
+
+/// A network interface.
+#[derive(Debug)]
+pub(crate) struct Net {
+    /// Its tap; none in a VM that is to be saved.
+    pub(crate) tap: Option<OwnedFd>,
+    /// The device's hardware address.
+    pub(crate) mac: [u8; 6],
+    /// Maximum transmission unit in bytes.
+    pub(crate) mtu: u16,
 }
 
 /// A running VMM.
@@ -69,8 +92,8 @@ pub(crate) struct Vmm {
     /// Where disks' files go, and the number of the next one.
     disks: OwnedFd,
     next_disk: AtomicU64,
-    /// What it booted, to name where it fails.
-    kernel: PathBuf,
+    /// What it began from, to name where it fails.
+    origin: String,
 }
 
 impl Vmm {
@@ -83,20 +106,21 @@ impl Vmm {
             .map_err(|source| PeerError::Socket { doing: "make the channel for disks", source: source.into() })?;
         let (console, vmm_console) = std::io::pipe().map_err(socket)?;
         let mut inherited = Inherited::default();
-        let nets = start
-            .taps
-            .into_iter()
-            .map(|tap| NetConfig { tap: Some(inherited.add(tap.fd)), mac: tap.mac, mtu: tap.mtu })
-            .collect();
+        let net = |net: Net| NetConfig { tap: net.tap.map(|tap| inherited.add(tap)), mac: net.mac, mtu: net.mtu };
+        let nets = start.nets.into_iter().map(net).collect();
+        let (origin, beginning) = match start.from {
+            Beginning::Kernel { kernel, initramfs, cmdline } => {
+                let origin = format!("kernel: {}", kernel.display());
+                let kernel = inherited.add(helper::open(kernel, false, "open the guest's kernel")?);
+                let initramfs = inherited.add(helper::open(initramfs, false, "open the guest's initramfs")?);
+                (origin, config::Start::Boot { kernel, initramfs, cmdline })
+            }
+        };
         let config = VmConfig {
             id: start.id.to_owned(),
             vcpus: start.size.vcpus,
             memory_mib: start.size.memory_mib,
-            start: config::Start::Boot {
-                kernel: inherited.add(helper::open(&start.programs.kernel, false, "open the guest's kernel")?),
-                initramfs: inherited.add(helper::open(&start.programs.initramfs, false, "open the guest's initramfs")?),
-                cmdline: start.cmdline,
-            },
+            start: beginning,
             save: None,
             kvm: inherited.add(helper::open(Path::new("/dev/kvm"), true, "open KVM")?),
             control: inherited.add(vmm_control),
@@ -106,7 +130,7 @@ impl Vmm {
             serial: start.serial,
             nets,
             fs: Some(FsConfig {
-                socket: Some(inherited.add(start.fs)),
+                socket: start.fs.map(|fs| inherited.add(fs)),
                 tag: SHARED_TAG.to_owned(),
                 request_queues: start.fs_request_queues,
             }),
@@ -116,11 +140,10 @@ impl Vmm {
                 netns: start.netns.map(|netns| inherited.add(netns)),
             }),
         };
-        let helper = Helper::start("husk-vmm", &start.programs.vmm, &config, inherited)?;
+        let helper = Helper::start("husk-vmm", start.program, &config, inherited)?;
         let console = Tail::read(console.into(), "console", false).map_err(socket)?;
         let client = VmmClient::new(Client::new(Socket::new(control)));
-        let kernel = start.programs.kernel.clone();
-        Ok(Self { helper, console, client, disks, next_disk: AtomicU64::new(0), kernel })
+        Ok(Self { helper, console, client, disks, next_disk: AtomicU64::new(0), origin })
     }
 
     /// Plugs a file or block device in as a disk; its device number on the guest's PCI bus 0. `serial` has 1 to 20 plain characters.
@@ -169,6 +192,6 @@ impl Vmm {
         };
         let log = self.helper.log.last(LAST_WORDS).await;
         let console = self.console.last(LAST_WORDS).await;
-        format!("{reason} ({status}); kernel: {}; VMM: {log}; console: {console}", self.kernel.display())
+        format!("{reason} ({status}); {}; VMM: {log}; console: {console}", self.origin)
     }
 }

@@ -1,4 +1,5 @@
-//! The start of a pod's machine: network, share directory and fs daemon at once, then the VMM, then the agent's hello and StartPod.
+//! The start of a pod's machine: network, share directory and fs daemon at once, then the VMM and the agent's hello (`power`), then
+//! StartPod.
 //! Whatever fails on the way, everything made so far is taken back.
 
 use std::os::fd::OwnedFd;
@@ -7,25 +8,22 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::ttrpc::Code;
 use husk_agent_api::agent::{IdRange, StartPodRequest, UserNamespace};
-use husk_agent_api::{NONCE_KEY, RPC_PORT};
 use thiserror::Error;
-use tracing::{debug, info, warn};
+use tracing::info;
 
 use super::machine::{Held, Machine};
+use super::power::{self, HostEnds, PoweredOn};
 use super::recover;
 use super::state::{Directory, Identity, Record, StateError};
 use crate::cgroup::{CgroupError, PodCgroup};
 use crate::config::{Config, ConfigError, Programs};
-use crate::error::chain;
 use crate::id::Id;
-use crate::network::forward::Forwarder;
 use crate::network::{self, NetworkError, Prepared};
 use crate::peer::PeerError;
 use crate::peer::agent::{Agent, Events};
 use crate::peer::dial::Dial;
 use crate::peer::fs;
-use crate::peer::helper::Helper;
-use crate::peer::vmm::{self, Vmm};
+use crate::peer::vmm;
 use crate::random;
 use crate::spec::load::PodSpec;
 use crate::spec::size::Size;
@@ -186,17 +184,13 @@ async fn assemble(
     held: &mut Held,
     phases: &mut Phases,
 ) -> Result<(Dial, Agent, Events), BootError> {
-    let nonce = random::bytes::<16>().map_err(BootError::Random)?;
-    let (dial, vmm_dial) = Dial::new()?;
-    let hello = dial.expect(RPC_PORT)?;
-
     let (network, share) = tokio::join!(connect_network(request), share_files(request, programs, held));
     let (network, network_took) = network.inspect_err(|error| {
         if error.is_refusal() {
             held.record.netns = None;
         }
     })?;
-    let (vmm_fs, share_took) = share?;
+    let (fs, share_took) = share?;
     (phases.network, phases.share) = (network_took, share_took);
     let (netns, taps, network) = match network {
         Some(found) => {
@@ -206,50 +200,9 @@ async fn assemble(
         }
         None => Default::default(),
     };
-
-    // The VMM takes the namespace with it; what forwards connections works in it as long as the pod lives.
-    let own_netns = netns.as_ref().and_then(|netns| netns.try_clone().ok());
-    let spawning = Instant::now();
-    let uid = request.config.vmm_uid_base.saturating_add(std::process::id());
-    let vmm = Vmm::start(vmm::Start {
-        id: request.id,
-        programs,
-        size: request.size,
-        cmdline: command_line(request.config, &nonce),
-        dial: vmm_dial,
-        fs: vmm_fs,
-        fs_request_queues: request.config.fs_request_queues,
-        taps,
-        netns,
-        uid,
-        serial: request.config.serial,
-    })?;
-    held.record.vmm = Identity::of(vmm.helper.pid);
-    let vmm = &*held.vmm.insert(vmm);
-    held.directory.write(&held.record)?;
-    phases.vmm = spawning.elapsed();
-
-    let booting = Instant::now();
-    let limit = request.config.hello_timeout();
-    let greeting = async { Agent::greet(hello.stream("the agent's connection", limit).await?, &nonce).await };
-    let greeting = async {
-        match tokio::time::timeout(limit, greeting).await {
-            Ok(Err(PeerError::Deadline { .. })) | Err(_) => Err(BootError::Silent {
-                what: "the agent's hello",
-                limit,
-                console: vmm.console.last(Duration::ZERO).await,
-            }),
-            Ok(other) => other.map_err(BootError::from),
-        }
-    };
-    // Made while the guest boots, so that it costs the start nothing.
-    let (agent, forwarder) = tokio::join!(
-        while_alive("the agent's hello", vmm, held.fs.as_ref(), greeting),
-        forward_connections(own_netns, &dial)
-    );
-    let agent = agent?;
-    held.forwarder = Mutex::new(forwarder);
-    phases.hello = booting.elapsed();
+    let ends = HostEnds { fs, taps, netns };
+    let PoweredOn { dial, agent, vmm_took, hello_took } = power::on(request, programs, held, ends).await?;
+    (phases.vmm, phases.hello) = (vmm_took, hello_took);
 
     let starting = Instant::now();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -267,7 +220,7 @@ async fn assemble(
         started?;
         Ok(events?)
     };
-    let events = while_alive("the agent to start the pod", vmm, held.fs.as_ref(), started).await?;
+    let events = power::while_alive("the agent to start the pod", held, started).await?;
     phases.start_pod = starting.elapsed();
     Ok((dial, agent, events))
 }
@@ -296,21 +249,6 @@ async fn connect_network(request: &Request<'_>) -> Result<(Option<Prepared>, Dur
     Ok((prepared, begun.elapsed()))
 }
 
-/// Forwards connections to the pod's own addresses within its namespace. A pod on a host that can't is a pod all the same.
-async fn forward_connections(netns: Option<OwnedFd>, dial: &Dial) -> Option<Forwarder> {
-    let begun = Instant::now();
-    match Forwarder::start(&netns?, dial.caller()).await {
-        Ok(forwarder) => {
-            debug!("forwarding connections within the pod's network namespace after {:?}", begun.elapsed());
-            Some(forwarder)
-        }
-        Err(error) => {
-            warn!("port-forward will not reach this pod: {}", chain(&error));
-            None
-        }
-    }
-}
-
 /// Moves into the pod's cgroup, makes the share directory and starts the fs daemon there; gives the VMM's connection to it.
 async fn share_files(
     request: &Request<'_>,
@@ -337,56 +275,4 @@ async fn share_files(
     held.fs = Some(fs);
     held.directory.write(&held.record)?;
     Ok((vmm_fs, begun.elapsed()))
-}
-
-/// Awaits `work`, unless VMM or fs daemon end before.
-async fn while_alive<T>(
-    what: &'static str,
-    vmm: &Vmm,
-    fs_daemon: Option<&Helper>,
-    work: impl Future<Output = Result<T, BootError>>,
-) -> Result<T, BootError> {
-    tokio::select! {
-        biased;
-        // A broken connection is only the trace of an end whose cause is better told.
-        cause = vmm.ended() => Err(BootError::Ended { what, cause }),
-        cause = fs::ended(fs_daemon, Some(vmm)) => Err(BootError::Ended { what, cause }),
-        done = work => match done {
-            Err(BootError::Peer(PeerError::NotDialled(_) | PeerError::Connection { .. } | PeerError::Socket { .. })) => {
-                match tokio::time::timeout(Duration::from_secs(2), vmm.ended()).await {
-                    Ok(cause) => Err(BootError::Ended { what, cause }),
-                    Err(_) => done,
-                }
-            }
-            done => done,
-        },
-    }
-}
-
-/// The guest kernel's command line (Documentation/admin-guide/kernel-parameters.txt). Only the operator's words are added, never a pod's.
-fn command_line(config: &Config, nonce: &[u8; 16]) -> String {
-    let console = if config.serial { "earlyprintk=ttyS0 console=ttyS0 console=hvc0" } else { "console=hvc0 quiet" };
-    let nonce = random::hex(nonce);
-    // No bounce buffers (swiotlb), no search for PCI buses beyond the only one nor for chip sets with early mends, and no RCU grace period of whole ticks where a process enters a
-    // cgroup: each would cost milliseconds of every start.
-    let quick = "swiotlb=noforce pci=lastbus=0,noearly rcupdate.rcu_expedited=1";
-    // The kernel's drivers of virtual interfaces are for pods that want some: none by themselves.
-    let bare = "dummy.numdummies=0";
-    let fixed = "panic=-1 reboot=t init=/init tsc=reliable no_timer_check random.trust_cpu=on";
-    let line = format!("{console} {fixed} {bare} {quick} {NONCE_KEY}={nonce} {}", config.kernel_parameters.trim());
-    line.trim_end().to_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_command_line_ends_with_the_operators_words() {
-        let config = Config { kernel_parameters: " mitigations=off ".to_owned(), ..Config::default() };
-        let line = command_line(&config, &[0xab; 16]);
-        assert!(line.starts_with("console=hvc0 quiet panic=-1 reboot=t init=/init "), "{line}");
-        assert!(line.ends_with(&format!("husk.nonce={} mitigations=off", "ab".repeat(16))), "{line}");
-        assert!(!command_line(&Config::default(), &[0; 16]).ends_with(' '));
-    }
 }

@@ -1,11 +1,13 @@
 //! The pod: its containers and its machine, and what containerd may ask of them. `create` starts the machine, `stop` sees its end,
 //! `recover` cleans up after a dead shim.
 
+pub(crate) mod command_line;
 mod cpusets;
 pub(crate) mod create;
 pub(crate) mod disks;
 pub(crate) mod guest;
 pub(crate) mod machine;
+mod power;
 pub(crate) mod recover;
 pub(crate) mod sandbox;
 pub(crate) mod state;

@@ -1,0 +1,146 @@
+//! From the VMM's start to the agent's hello.
+
+use std::os::fd::OwnedFd;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use husk_agent_api::RPC_PORT;
+use tracing::{debug, warn};
+
+use super::command_line;
+use super::create::{BootError, Request};
+use super::machine::Held;
+use super::state::Identity;
+use crate::config::Programs;
+use crate::error::chain;
+use crate::network::Tap;
+use crate::network::forward::Forwarder;
+use crate::peer::PeerError;
+use crate::peer::agent::Agent;
+use crate::peer::dial::Dial;
+use crate::peer::fs;
+use crate::peer::vmm::{self, Beginning, Net, Vmm};
+use crate::random;
+
+/// What of the host the machine is joined with.
+pub(super) struct HostEnds {
+    /// The connection to husk-fs.
+    pub(super) fs: OwnedFd,
+    /// Taps of the pod's network.
+    pub(super) taps: Vec<Tap>,
+    /// The pod's network namespace, in which the VMM then lives.
+    pub(super) netns: Option<OwnedFd>,
+}
+
+/// A machine whose agent has said hello.
+pub(super) struct PoweredOn {
+    /// Connections of the guest.
+    pub(super) dial: Dial,
+    /// The agent.
+    pub(super) agent: Agent,
+    /// How long the VMM's start took.
+    pub(super) vmm_took: Duration,
+    /// How long the agent took from there.
+    pub(super) hello_took: Duration,
+}
+
+/// Starts the VMM and waits for the agent's hello.
+pub(super) async fn on(
+    request: &Request<'_>,
+    programs: &Programs,
+    held: &mut Held,
+    ends: HostEnds,
+) -> Result<PoweredOn, BootError> {
+    let nonce = random::bytes::<16>().map_err(BootError::Random)?;
+    let (dial, vmm_dial) = Dial::new()?;
+    let hello = dial.expect(RPC_PORT)?;
+    let HostEnds { fs, taps, netns } = ends;
+    // The VMM takes the namespace with it; what forwards connections works in it as long as the pod lives.
+    let own_netns = netns.as_ref().and_then(|netns| netns.try_clone().ok());
+    let spawning = Instant::now();
+    let net = |tap: Tap| Net { tap: Some(tap.fd), mac: tap.mac, mtu: tap.mtu };
+    let vmm = Vmm::start(vmm::Start {
+        id: request.id,
+        program: &programs.vmm,
+        size: request.size,
+        from: Beginning::Kernel {
+            kernel: &programs.kernel,
+            initramfs: &programs.initramfs,
+            cmdline: command_line::boot(request.config, &nonce),
+        },
+        dial: vmm_dial,
+        fs: Some(fs),
+        fs_request_queues: request.config.fs_request_queues,
+        nets: taps.into_iter().map(net).collect(),
+        netns,
+        uid: request.config.vmm_uid_base.saturating_add(std::process::id()),
+        serial: request.config.serial,
+    })?;
+    held.record.vmm = Identity::of(vmm.helper.pid);
+    let console = vmm.console.clone();
+    held.vmm = Some(vmm);
+    held.directory.write(&held.record)?;
+    let vmm_took = spawning.elapsed();
+
+    let booting = Instant::now();
+    let limit = request.config.hello_timeout();
+    let greeting = async { Agent::greet(hello.stream("the agent's connection", limit).await?, &nonce).await };
+    let greeting = async {
+        match tokio::time::timeout(limit, greeting).await {
+            Ok(Err(PeerError::Deadline { .. })) | Err(_) => {
+                Err(BootError::Silent { what: "the agent's hello", limit, console: console.last(Duration::ZERO).await })
+            }
+            Ok(other) => other.map_err(BootError::from),
+        }
+    };
+    // Made while the guest boots, so that it costs the start nothing.
+    let (agent, forwarder) =
+        tokio::join!(while_alive("the agent's hello", held, greeting), forward_connections(own_netns, &dial));
+    let agent = agent?;
+    held.forwarder = Mutex::new(forwarder);
+    Ok(PoweredOn { dial, agent, vmm_took, hello_took: booting.elapsed() })
+}
+
+/// Awaits `work`, unless VMM or fs daemon end before.
+pub(super) async fn while_alive<T>(
+    what: &'static str,
+    held: &Held,
+    work: impl Future<Output = Result<T, BootError>>,
+) -> Result<T, BootError> {
+    let vmm_ended = || async {
+        match &held.vmm {
+            Some(vmm) => vmm.ended().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        // A broken connection is only the trace of an end whose cause is better told.
+        cause = vmm_ended() => Err(BootError::Ended { what, cause }),
+        cause = fs::ended(held.fs.as_ref(), held.vmm.as_ref()) => Err(BootError::Ended { what, cause }),
+        done = work => match done {
+            Err(BootError::Peer(PeerError::NotDialled(_) | PeerError::Connection { .. } | PeerError::Socket { .. })) => {
+                match tokio::time::timeout(Duration::from_secs(2), vmm_ended()).await {
+                    Ok(cause) => Err(BootError::Ended { what, cause }),
+                    Err(_) => done,
+                }
+            }
+            done => done,
+        },
+    }
+}
+
+/// Forwards connections to the pod's own addresses within its namespace. A pod on a host that can't is a pod all the same.
+async fn forward_connections(netns: Option<OwnedFd>, dial: &Dial) -> Option<Forwarder> {
+    let begun = Instant::now();
+    match Forwarder::start(&netns?, dial.caller()).await {
+        Ok(forwarder) => {
+            debug!("forwarding connections within the pod's network namespace after {:?}", begun.elapsed());
+            Some(forwarder)
+        }
+        Err(error) => {
+            warn!("port-forward will not reach this pod: {}", chain(&error));
+            None
+        }
+    }
+}
