@@ -1,11 +1,11 @@
 //! From the kernel's start of process 1 to the connection with the shim: only the mounts that a pod needs, and the dial under way
-//! while they are made.
+//! while they are made. In a template the mounts come first, and the shim dials.
 
 use std::fs;
 use std::io;
 
 use husk_agent_api::hello::{self, Hello};
-use husk_agent_api::{NONCE_KEY, RPC_PORT};
+use husk_agent_api::{NONCE_KEY, RPC_PORT, TEMPLATE_KEY};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, setrlimit};
@@ -13,6 +13,7 @@ use thiserror::Error;
 use tokio::io::AsyncWriteExt;
 
 use crate::dial::{Connection, Dialler};
+use crate::template;
 
 /// Why the guest could not come up.
 #[derive(Debug, Error)]
@@ -34,6 +35,9 @@ pub(crate) enum BootError {
     /// Nobody answered.
     #[error("Could not reach the shim at vsock port {RPC_PORT}")]
     Dial(#[source] io::Error),
+    /// No connection with whoever restored the template.
+    #[error("Could not take the shim's connection at vsock port {RPC_PORT}")]
+    Template(#[source] io::Error),
 }
 
 /// Where cgroup v2 is mounted.
@@ -54,7 +58,15 @@ pub(crate) async fn boot(dialler: &Dialler) -> Result<Connection, BootError> {
     let command_line = read("/proc/cmdline")?;
     crate::log::start(&command_line);
     let nonce = parameter(&command_line, NONCE_KEY).and_then(parse_nonce).ok_or(BootError::Nonce)?;
-    let dialled = async { greet(dialler, nonce).await.map_err(BootError::Dial) };
+    if command_line.split_whitespace().any(|word| word == TEMPLATE_KEY) {
+        mounts()?;
+        // What else is to run in the template runs now.
+        tokio::task::yield_now().await;
+        let restored = async { greet(template::restored().await?, nonce).await };
+        return restored.await.map_err(BootError::Template);
+    }
+    let dialled = async { greet(dialler.dial(RPC_PORT).await?, nonce).await };
+    let dialled = async { dialled.await.map_err(BootError::Dial) };
     // The first poll of `dialled` sends the connection request; the mounts are made while it travels.
     let (connection, ()) = tokio::try_join!(dialled, async { mounts() })?;
     Ok(connection)
@@ -91,8 +103,7 @@ fn enabling(controllers: &str) -> String {
     controllers.split_whitespace().map(|name| format!("+{name}")).collect::<Vec<_>>().join(" ")
 }
 
-async fn greet(dialler: &Dialler, nonce: [u8; 16]) -> io::Result<Connection> {
-    let mut connection = dialler.dial(RPC_PORT).await?;
+async fn greet(mut connection: Connection, nonce: [u8; 16]) -> io::Result<Connection> {
     connection.write_all(&Hello { version: hello::VERSION, nonce }.encode()).await?;
     Ok(connection)
 }

@@ -3,23 +3,17 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use husk_agent_api::forward;
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, getpeername, listen, socket,
-};
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use crate::descriptor;
-use crate::dial::{self, Connection};
+use crate::dial::Connection;
+use crate::listen::Listener;
 
 /// How long the shim may take to name the destination, and the destination to answer.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -29,56 +23,24 @@ const CHUNK: usize = 32 << 10;
 
 /// Takes forwarded connections for as long as the machine runs. Without vsock (tests outside a machine) there are none.
 pub(crate) async fn serve() {
-    let listener = match listener() {
+    let listener = match Listener::new(forward::PORT, forward::MAX) {
         Ok(listener) => listener,
         Err(error) => return tracing::warn!("Connections can't be forwarded to the pod: {error}"),
     };
     let places = Arc::new(Semaphore::new(forward::MAX));
     loop {
-        let connection = match listener.async_io(Interest::READABLE, accept).await {
+        let connection = match listener.accept().await {
             Ok(connection) => connection,
-            Err(error) if is_transient(&error) => continue,
             Err(error) => return tracing::warn!("No more connections can be forwarded to the pod: {error}"),
         };
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
-        if let Some(connection) = of_host(connection) {
-            tokio::spawn(async move {
-                if let Err(error) = join(connection).await {
-                    tracing::debug!("A forwarded connection failed: {error}");
-                }
-                drop(place);
-            });
-        }
+        tokio::spawn(async move {
+            if let Err(error) = join(connection).await {
+                tracing::debug!("A forwarded connection failed: {error}");
+            }
+            drop(place);
+        });
     }
-}
-
-/// Listens at the agreed port.
-fn listener() -> io::Result<AsyncFd<OwnedFd>> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let listener = socket(AddressFamily::Vsock, SockType::Stream, flags, None)?;
-    bind(listener.as_raw_fd(), &VsockAddr::new(nix::libc::VMADDR_CID_ANY, forward::PORT))?;
-    listen(&listener, Backlog::new(i32::try_from(forward::MAX).unwrap_or(Backlog::MAXCONN.into()))?)?;
-    descriptor::watch(listener, Interest::READABLE)
-}
-
-fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
-    let number = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
-    // SAFETY: the kernel has just made this descriptor for us; nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
-}
-
-/// What accept(2) tells of one connection, or asks to try again.
-fn is_transient(error: &io::Error) -> bool {
-    matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::ECONNABORTED | Errno::EINTR | Errno::ECONNRESET))
-}
-
-/// The connection, if it is the host's: containers can reach the port too, by vsock(7)'s local address.
-fn of_host(connection: OwnedFd) -> Option<Connection> {
-    let peer: VsockAddr = getpeername(connection.as_fd().as_raw_fd()).ok()?;
-    if peer.cid() != nix::libc::VMADDR_CID_HOST {
-        return None;
-    }
-    dial::from_descriptor(connection).ok()
 }
 
 /// Connects to where the client wants to go, and copies both ways until both ends are told or one side breaks.

@@ -11,6 +11,7 @@ mod disk;
 mod events;
 mod forward;
 mod huge;
+mod listen;
 mod log;
 mod net;
 mod oom;
@@ -23,6 +24,7 @@ mod shutdown;
 mod stats;
 mod stdio;
 mod sysctl;
+mod template;
 mod user;
 
 use std::fmt::Display;
@@ -90,9 +92,9 @@ fn run(dialler: Dialler, connection: Option<OwnedFd>) -> Result<(), String> {
         let connection = match connection {
             Some(connection) => dial::from_descriptor(connection).map_err(display)?,
             None => {
-                let connection = boot::boot(&dialler).await.map_err(display)?;
+                // It runs when the boot first waits.
                 tokio::spawn(forward::serve());
-                connection
+                boot::boot(&dialler).await.map_err(display)?
             }
         };
         rpc::serve(connection, dialler, children, machine).await.map_err(display)

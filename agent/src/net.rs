@@ -132,7 +132,7 @@ pub(crate) async fn move_to(interfaces: &[Interface], namespace: RawFd) -> Resul
     tokio::spawn(connection);
     let links = list(&handle).await?;
     for interface in interfaces {
-        let mac = parse_mac(&interface.mac)?;
+        let mac = device_mac(interface)?;
         let link = links.iter().find(|link| link.mac == mac && link.index != LOOPBACK);
         // One that is not there is told when it is configured.
         let Some(link) = link else { continue };
@@ -162,10 +162,11 @@ async fn list(handle: &Handle) -> Result<Vec<Link>, NetError> {
 }
 
 async fn set_interface(handle: &Handle, links: &mut [Link], interface: &Interface) -> Result<(), NetError> {
-    let mac = parse_mac(&interface.mac)?;
-    let position = links.iter().position(|link| link.mac == mac && link.index != LOOPBACK).ok_or_else(|| {
+    let (mac, device) = (parse_mac(&interface.mac)?, device_mac(interface)?);
+    let position = links.iter().position(|link| link.mac == device && link.index != LOOPBACK).ok_or_else(|| {
         let there = links.iter().map(|link| link.name.as_str()).collect::<Vec<_>>().join(", ");
-        NetError::NoInterface { mac: interface.mac.clone(), there }
+        let mac = if interface.device_mac.is_empty() { &interface.mac } else { &interface.device_mac };
+        NetError::NoInterface { mac: mac.clone(), there }
     })?;
     let index = links[position].index;
     // Another interface may have the name; it gets its own later.
@@ -177,6 +178,10 @@ async fn set_interface(handle: &Handle, links: &mut [Link], interface: &Interfac
     links[position].host_index = Some(interface.index);
     set_ipv6(&links[position].name, interface);
     let mut message = LinkUnspec::new_with_index(index);
+    if device != mac {
+        message = message.address(mac.to_vec());
+        links[position].mac = mac.to_vec();
+    }
     if links[position].name != interface.name {
         message = message.name(&interface.name);
         links[position].name = interface.name.clone();
@@ -187,7 +192,7 @@ async fn set_interface(handle: &Handle, links: &mut [Link], interface: &Interfac
     if interface.noarp {
         message = message.arp(false);
     }
-    // The kernel applies name and MTU before the flags (do_setlink in net/core/rtnetlink.c).
+    // The kernel applies address, name and MTU before the flags (do_setlink in net/core/rtnetlink.c).
     let request = handle.link().set(message.up().build());
     request.execute().await.map_err(doing(|| format!("bring {} up", interface.name)))?;
     for text in &interface.addresses {
@@ -230,6 +235,11 @@ fn set_ipv6(name: &str, interface: &Interface) {
     for (key, value) in &interface.ipv6 {
         set(key, value);
     }
+}
+
+/// The address by which the interface's device is found: in a restored template it is the template's.
+fn device_mac(interface: &Interface) -> Result<[u8; 6], NetError> {
+    parse_mac(if interface.device_mac.is_empty() { &interface.mac } else { &interface.device_mac })
 }
 
 fn index_of(links: &[Link], name: &str) -> Result<u32, NetError> {

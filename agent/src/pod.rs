@@ -92,8 +92,10 @@ struct RandPoolInfo {
 mod ioctls {
     // RNDADDENTROPY of random(4); its number holds the size of the two leading integers only.
     nix::ioctl_write_ptr_bad!(add_entropy, nix::request_code_write!(b'R', 0x03, 8), super::RandPoolInfo);
+    nix::ioctl_none!(reseed, b'R', 0x07);
 }
 
+/// Adds to the kernel's pool, and has it used at once: pods from one template would otherwise draw the same numbers for a while.
 fn add_entropy(bytes: &[u8]) -> Result<(), PodError> {
     if bytes.len() > ENTROPY_MAX {
         return Err(PodError::EntropyLength { length: bytes.len() });
@@ -104,7 +106,12 @@ fn add_entropy(bytes: &[u8]) -> Result<(), PodError> {
     let device = fs::OpenOptions::new().write(true).open("/dev/random").map_err(PodError::Entropy)?;
     // SAFETY: the kernel reads buf_size bytes of buf, which are within it, and keeps no pointer.
     unsafe { ioctls::add_entropy(device.as_raw_fd(), &info) }.map_err(|error| PodError::Entropy(error.into()))?;
-    Ok(())
+    // SAFETY: RNDRESEEDCRNG of linux/random.h takes no argument.
+    match unsafe { ioctls::reseed(device.as_raw_fd()) } {
+        // The generator has never been seeded, so nothing was drawn from it either.
+        Ok(_) | Err(Errno::ENODATA) => Ok(()),
+        Err(error) => Err(PodError::Entropy(error.into())),
+    }
 }
 
 /// Mounts the pod's share directory: virtiofs.rst of the kernel. The daemon answers the mount, so it is done on a thread.

@@ -319,7 +319,11 @@ async fn sets_the_network_up() {
     let request = StartPodRequest {
         interfaces: vec![
             interface(71, "02:00:00:00:00:01", "eth0", &["10.1.2.3/32", "fd00::3/64", "fe80::3/64"]),
-            interface(72, "02:00:00:00:00:02", "net1", &["10.9.0.1/24"]),
+            // A template's device, which gets the pod's address.
+            Interface {
+                device_mac: "02:00:00:00:00:02".into(),
+                ..interface(72, "02:00:00:00:00:12", "net1", &["10.9.0.1/24"])
+            },
         ],
         routes: routes.into(),
         rules: vec![bytes(&rule)],
@@ -340,6 +344,8 @@ async fn sets_the_network_up() {
         "mtu 1400",
         "inet 10.1.2.3/32",
         "inet 10.9.0.1/24",
+        "link/ether 02:00:00:00:00:12",
+        "inet6 fe80::ff:fe00:12/64 scope link",
         "inet6 fd00::3/64 scope global",
         "inet6 fe80::3/64 scope link",
         "from 10.1.2.3 lookup 300",

@@ -18,6 +18,8 @@ import tempfile
 import threading
 import time
 
+from .ttrpc import Client, field, fields, number
+
 HERE = pathlib.Path(__file__).parent
 
 
@@ -57,6 +59,7 @@ class Vm:
 
     def __init__(self, kernel, initramfs, cmdline, vcpus=1, memory_mib=128, fs_socket=None, saved=None, save=None, **more):
         self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.vmm = Client(self.control, "husk.vmm.v1.Vmm")
         self.dial, dial = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.dial.setblocking(False)
         dial.setblocking(False)
@@ -142,45 +145,27 @@ class Vm:
         self.disk_number += 1
         socket.send_fds(self.files, [struct.pack("<Q", self.disk_number)], [fd])
         os.close(fd)
-        request = bytes([8]) + varint(self.disk_number) + field(2, serial.encode()) + bytes([24, int(read_only)])
+        request = number(1, self.disk_number) + field(2, serial.encode()) + number(3, int(read_only))
         code, response = self.call("AttachDisk", request)
         return -code if code else dict(fields(response))[1]
 
     def detach_disk(self, device):
         """Asks for a disk: the status code, whether the guest ejected it, and whether its file is closed."""
-        code, response = self.call("DetachDisk", bytes([8]) + varint(device))
-        told = dict(fields(response))
+        code, response = self.call("DetachDisk", number(1, device))
+        told = {} if code else dict(fields(response))
         return code, bool(told.get(1)), bool(told.get(2))
 
     def call(self, method, payload=b"", limit=20):
         """Calls a method of husk.vmm.v1.Vmm; returns its status code and the response's bytes."""
-        request = field(1, b"husk.vmm.v1.Vmm") + field(2, method.encode()) + (field(3, payload) if payload else b"")
-        # ttrpc: length, stream id (odd for a client), type 1 request, flags; all big-endian.
-        self.stream = getattr(self, "stream", -1) + 2
-        self.control.settimeout(limit)
-        self.control.sendall(struct.pack(">IIBB", len(request), self.stream, 1, 0) + request)
-        length, stream, kind, _ = struct.unpack(">IIBB", self.receive(10))
-        assert (stream, kind) == (self.stream, 2), (stream, kind)
-        response = dict(fields(self.receive(length)))
-        status = dict(fields(response.get(1, b"")))
-        return status.get(1, 0), response.get(2, b"")
-
-    def receive(self, length):
-        data = b""
-        while len(data) < length:
-            piece = self.control.recv(length - len(data))
-            if not piece:
-                raise EOFError("the control socket ended")
-            data += piece
-        return data
+        return self.vmm.call(method, payload, limit)
 
     def status(self):
         """State, and each phase's end in microseconds."""
         code, response = self.call("Status")
         assert code == 0, code
         state, phases = None, []
-        for number, value in fields(response):
-            if number == 1:
+        for key, value in fields(response):
+            if key == 1:
                 state = value.decode()
             else:
                 phase = dict(fields(value))
@@ -216,41 +201,3 @@ class Vm:
         self.dial.close()
         self.files.close()
         os.close(self.console)
-
-
-def varint(value):
-    data = b""
-    while value > 0x7F:
-        data += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return data + bytes([value])
-
-
-def field(number, data):
-    """A length-delimited field in protobuf's wire format."""
-    return bytes([number << 3 | 2]) + varint(len(data)) + data
-
-
-def fields(data):
-    """Protobuf's wire format: numbers and values of varint and length-delimited fields."""
-    at = 0
-
-    def number():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        key = number()
-        if key & 7 == 0:
-            yield key >> 3, number()
-        else:
-            length = number()
-            yield key >> 3, data[at : at + length]
-            at += length

@@ -10,7 +10,7 @@ pub use generated::{agent, agent_ttrpc};
 pub mod forward;
 pub mod hello;
 
-/// The host's vsock port that the agent dials for its RPC connection.
+/// The host's vsock port that the agent dials for its RPC connection; the guest's own that the shim dials in a restored template.
 pub const RPC_PORT: u32 = 1024;
 
 /// First host port that the shim gives to streams; each stream has a port of its own, used once.
@@ -27,3 +27,10 @@ pub const DISKS_DIR: &str = "/run/husk/disks";
 
 /// Kernel command line key that carries the boot nonce: 32 lower-case hexadecimal digits.
 pub const NONCE_KEY: &str = "husk.nonce";
+
+/// Kernel command line word of a machine that is to be saved as a template: the agent does not dial, it listens on [`RPC_PORT`], and
+/// says [`TEMPLATE_READY`] when the machine may be saved.
+pub const TEMPLATE_KEY: &str = "husk.template";
+
+/// The line on the console of a template that waits to be saved.
+pub const TEMPLATE_READY: &str = "husk-agent: template ready";
