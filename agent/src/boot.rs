@@ -62,7 +62,11 @@ pub(crate) async fn boot(dialler: &Dialler) -> Result<Connection, BootError> {
         mounts()?;
         // What else is to run in the template runs now.
         tokio::task::yield_now().await;
-        let restored = async { greet(template::restored().await?, nonce).await };
+        let restored = async {
+            let connection = greet(template::restored().await?, nonce).await?;
+            template::forget_entropy()?;
+            Ok(connection)
+        };
         return restored.await.map_err(BootError::Template);
     }
     let dialled = async { greet(dialler.dial(RPC_PORT).await?, nonce).await };

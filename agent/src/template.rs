@@ -2,12 +2,13 @@
 //! What it holds then is in every pod's memory file, so free memory is made zero before.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::num::NonZeroUsize;
+use std::os::unix::fs::OpenOptionsExt;
 use std::ptr::NonNull;
 
 use husk_agent_api::{RPC_PORT, TEMPLATE_READY};
-use nix::libc::c_void;
+use nix::libc::{O_NONBLOCK, c_void};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::dial::Connection;
@@ -37,6 +38,20 @@ pub(crate) async fn restored() -> io::Result<Connection> {
     // To the console itself, whatever the log's level.
     writeln!(io::stderr(), "{TEMPLATE_READY}")?;
     listener.accept().await
+}
+
+/// Bytes that the kernel may keep of what the host's entropy device gave it before the machine was saved: 64 each in the core of hw_random
+/// and in virtio-rng (SMP_CACHE_BYTES; drivers/char/hw_random of Linux).
+const KEPT_ENTROPY: usize = 128;
+
+/// Throws those away, which each pod from this template would read from /dev/hwrng.
+pub(crate) fn forget_entropy() -> io::Result<()> {
+    let device = fs::File::options().read(true).custom_flags(O_NONBLOCK).open("/dev/hwrng");
+    match device.and_then(|mut device| device.read(&mut [0; KEPT_ENTROPY])) {
+        // There is nothing; there is no such device.
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::NotFound) => Ok(()),
+        done => done.map(drop),
+    }
 }
 
 /// The kernel clears each page that it gives, and the page stays so when it is given back.

@@ -1,5 +1,5 @@
 //! The ACPI tables (ACPI 6.5): hardware-reduced, with what Linux needs to find processors, PCI, power-off and
-//! pvpanic, and to let PCI devices come and go.
+//! pvpanic, to let PCI devices come and go, and to tell a restored guest that it is one.
 
 use acpi_tables::aml::{self, AddressSpace, AddressSpaceCacheable, EISAName, Memory32Fixed, Name, ResourceTemplate};
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -95,7 +95,7 @@ fn dsdt(serial: bool) -> Sdt {
     // _S5: the sleep type that the guest writes into the sleep control register to power off.
     Name::new("_S5_".into(), &aml::Package::new(vec![&power::SLEEP_TYPE_S5, &zero, &zero, &zero]))
         .to_aml_bytes(&mut code);
-    let mut devices = vec![pci_root(), event_device(), ecam_reservation(), pvpanic()];
+    let mut devices = vec![pci_root(), event_device(), generation_id(), ecam_reservation(), pvpanic()];
     if serial {
         devices.push(serial_port());
     }
@@ -203,11 +203,30 @@ fn look_at_slots() -> Raw {
     raw(&aml::Method::new("PHOT".into(), 0, true, body.iter().map(|term| term as &dyn Aml).collect()))
 }
 
-/// The generic event device (ACPI 6.5, section 5.6.9): its interrupt says that the slots are to be looked at.
+/// The generic event device (ACPI 6.5, section 5.6.9): one interrupt says that the slots are to be looked at, the other that there is a
+/// new generation id.
 fn event_device() -> Vec<u8> {
+    let (event, generation, device_changed) = (aml::Arg(0), aml::Path::new(GENERATION_DEVICE), 0x80u8);
+    let is_generation = aml::Equal::new(&event, &layout::GENERATION_GSI);
+    let tell = aml::Notify::new(&generation, &device_changed);
     let look = aml::MethodCall::new("\\_SB_.PCI0.PHOT".into(), vec![]);
-    let event = aml::Method::new("_EVT".into(), 1, true, vec![&look]);
-    device("GED0", &"ACPI0013", &[&event], vec![&aml::Interrupt::new(true, true, false, false, layout::GED_GSI)])
+    let (tell, look) = (aml::If::new(&is_generation, vec![&tell]), aml::Else::new(vec![&look]));
+    let method = aml::Method::new("_EVT".into(), 1, true, vec![&tell, &look]);
+    let line = |gsi| aml::Interrupt::new(true, true, false, false, gsi);
+    device("GED0", &"ACPI0013", &[&method], vec![&line(layout::GED_GSI), &line(layout::GENERATION_GSI)])
+}
+
+/// Where the generation device is.
+const GENERATION_DEVICE: &str = "\\_SB_.VGEN";
+
+/// The generation id's device: found by its compatible id, ADDR is the id's address in two halves (Microsoft, "Virtual Machine
+/// Generation ID", the host's side).
+fn generation_id() -> Vec<u8> {
+    let kind = "VM_Gen_Counter";
+    let (compatible, description) = (Name::new("_CID".into(), &kind), Name::new("_DDN".into(), &kind));
+    let (low, high) = (layout::GENERATION_ID as u32, (layout::GENERATION_ID >> 32) as u32);
+    let address = Name::new("ADDR".into(), &aml::Package::new(vec![&low, &high]));
+    device("VGEN", &"HUSK0001", &[&compatible, &description, &address], vec![])
 }
 
 /// Linux uses the enhanced configuration space only if a motherboard resource claims it (PCI Firmware 3.3, section 4.1.2).

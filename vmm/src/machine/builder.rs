@@ -17,6 +17,7 @@ use super::barrier::{Barrier, BarrierSubscriber};
 use super::boot::{BootError, Images};
 use super::devices::{self, Backends, DeviceError, EventLoop};
 use super::disks::Disks;
+use super::generation::{self, GenerationError};
 use super::inherited::{Inherited, Snapshot, Start};
 use super::irq::Interrupts;
 use super::memory::MemoryError;
@@ -77,6 +78,9 @@ pub(crate) enum BuildError {
     /// Kernel and initramfs.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The generation id.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
     /// The devices.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -170,11 +174,11 @@ enum Beginning {
 
 /// Fills guest memory with what the machine begins from.
 fn fill(config: &VmConfig, memory: &GuestMemory, start: Start) -> Result<Beginning, BuildError> {
-    match (start, &config.start) {
+    let beginning = match (start, &config.start) {
         (Start::Boot { mut kernel, mut initramfs }, config::Start::Boot { cmdline, .. }) => {
             let acpi = acpi::tables(config.vcpus, config.serial);
             let images = Images { kernel: &mut kernel, initramfs: &mut initramfs, cmdline, acpi: &acpi };
-            Ok(Beginning::Kernel(boot::load(memory, images)?))
+            Beginning::Kernel(boot::load(memory, images)?)
         }
         (Start::Restore(Snapshot { mut state, memory: file }), _) => {
             let (state, _) = husk_snapshot::read_state::<MachineState>(&mut state)?;
@@ -183,12 +187,16 @@ fn fill(config: &VmConfig, memory: &GuestMemory, start: Start) -> Result<Beginni
                 memory::make_huge(memory, part);
             }
             husk_snapshot::memory::restore(memory, &file, &ranges)?;
-            Ok(Beginning::Saved(Box::new(state)))
+            Beginning::Saved(Box::new(state))
         }
         (Start::Boot { .. }, config::Start::Restore(_)) => {
-            Err(BuildError::Unsupported("a configuration that is not the one its descriptors were taken by".into()))
+            return Err(BuildError::Unsupported(
+                "a configuration that is not the one its descriptors were taken by".into(),
+            ));
         }
-    }
+    };
+    generation::renew(memory)?;
+    Ok(beginning)
 }
 
 /// Brings a machine that has not run into a saved state. Interrupts that the devices raise meanwhile find their controllers ready.
@@ -200,7 +208,8 @@ fn restore(state: &MachineState, vm: &VmFd, vcpus: &[Vcpu], buses: &Buses) -> Re
     }
     state.controllers.restore(vm).map_err(kvm("restore the interrupt controllers and the clock"))?;
     vcpus.iter().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state))?;
-    Ok(buses.mmio.pci().restore(&state.functions)?)
+    buses.mmio.pci().restore(&state.functions)?;
+    generation::announce(vm).map_err(kvm("tell the guest of its new generation id"))
 }
 
 /// Makes a machine that can be saved.

@@ -19,7 +19,9 @@ pub(crate) const CONVENTIONAL_END: u64 = 0xA_0000;
 /// The ACPI tables, where a PC's BIOS ROM is.
 pub(crate) const ACPI_TABLES: u64 = 0xE_0000;
 /// Room for the ACPI tables in bytes.
-pub(crate) const ACPI_TABLES_LEN: u64 = 0x2_0000;
+pub(crate) const ACPI_TABLES_LEN: u64 = 0x1_F000;
+/// The VM's generation id, on a page of its own, as its specification has it.
+pub(crate) const GENERATION_ID: u64 = ACPI_TABLES + ACPI_TABLES_LEN;
 /// Extended memory begins.
 pub(crate) const HIGH_MEMORY: u64 = MIB;
 /// Where husk's kernel is linked to run (Linux, CONFIG_PHYSICAL_START); another may be elsewhere.
@@ -66,6 +68,8 @@ pub(crate) const POWER_PORT: u16 = 0x600;
 pub(crate) const HOTPLUG_PORT: u16 = 0x610;
 /// Interrupt of ACPI's generic event device.
 pub(crate) const GED_GSI: u32 = 9;
+/// Its interrupt for a new generation id.
+pub(crate) const GENERATION_GSI: u32 = 10;
 /// PCI configuration mechanism 1: address at this port, data at the next four (PCI 3.0, section 3.2.2.3.2).
 pub(crate) const PCI_CONFIG_PORT: u16 = 0xCF8;
 /// Number of ports of mechanism 1.
@@ -100,6 +104,7 @@ mod tests {
             (MEMORY_MAP, 0x1000),
             (CMDLINE, CMDLINE_MAX as u64),
             (ACPI_TABLES, ACPI_TABLES_LEN),
+            (GENERATION_ID, 0x1000),
             (HIGH_MEMORY, LOW_RAM_END - HIGH_MEMORY),
             (PCI_WINDOW, PCI_WINDOW_LEN),
             (ECAM, ECAM_LEN),

@@ -9,6 +9,7 @@ mod devices;
 mod disks;
 mod ending;
 mod gate;
+mod generation;
 mod inherited;
 mod irq;
 mod kick;
