@@ -70,6 +70,17 @@ def test_goes_on_again_and_again():
                 assert process.wait(20) == 0
 
 
+def test_random_numbers_are_each_ones_own():
+    """The kernel of each restored VM hears of its new generation, and draws numbers that no other draws, also for a process that ran before."""
+    drawn = set()
+    with saved(vcpus=2, cmdline="loglevel=6") as folder:
+        for _ in range(2):
+            with restored(folder, vcpus=2, fs=dict(tag="share", request_queues=1)) as vm:
+                vm.until("crng reseeded due to virtual machine fork")
+                drawn.update(answer["random"] for answer in ask(vm, "again"))
+    assert len(drawn) == 4, drawn
+
+
 def test_damage_is_told():
     """A damaged state, a memory file of another length, a machine of another shape: the VMM ends with the reason."""
     def reason(folder, **shape):
