@@ -158,10 +158,8 @@ fn load_initramfs(
 
 fn memory_map(memory: &GuestMemory) -> Vec<hvm_memmap_table_entry> {
     let range = |addr, end, type_| hvm_memmap_table_entry { addr, size: end - addr, type_, ..Default::default() };
-    let mut map = vec![
-        range(0, layout::CONVENTIONAL_END, RAM),
-        range(layout::ACPI_TABLES, layout::HIGH_MEMORY, RESERVED),
-    ];
+    let mut map =
+        vec![range(0, layout::CONVENTIONAL_END, RAM), range(layout::ACPI_TABLES, layout::HIGH_MEMORY, RESERVED)];
     for region in memory.iter() {
         let start = region.start_addr().raw_value();
         let end = start + region.len();
