@@ -9,9 +9,8 @@ import time
 
 from harness import crictl
 from harness.command import run
-from harness.containerd import version
+from harness.containerd import needs
 from harness.crictl import Pod, pids
-from harness.runner import Skip
 
 from .single import CTR
 
@@ -19,8 +18,7 @@ from .single import CTR
 @contextlib.contextmanager
 def pod(**options):
     """A pod on husk-sandbox."""
-    if version() < (2, 0):
-        raise Skip(f"containerd {version()[0]}.{version()[1]} has no sandboxers: needs containerd 2")
+    needs(2)
     it = Pod(handler="husk-sandbox", **options).run()
     try:
         yield it
@@ -119,8 +117,7 @@ def test_shim_killed():
 
 def test_refusals():
     """What can't be is refused with the pod's creation, in words, and nothing is left."""
-    if version() < (2, 0):
-        raise Skip("needs containerd 2")
+    needs(2)
     for options, words in [({"linux": {"security_context": {"namespace_options": {"network": 2}}}}, "network namespace"),
                            ({"annotations": {"io.husk.kernel-args": "x"}}, "io.husk.kernel-args"),
                            ({"linux": {"resources": {"memory_limit_in_bytes": 1 << 20}}}, "memory limit")]:

@@ -9,9 +9,8 @@ import tempfile
 import time
 
 from harness.command import Failed, output, run
-from harness.containerd import NAMESPACE, SOCKET
+from harness.containerd import NAMESPACE, SOCKET, needs
 from harness.crictl import crictl, pod
-from harness.runner import Skip
 
 CTR = ["ctr", "-a", SOCKET, "-n", NAMESPACE]
 # Python and what it needs, from the machine that runs the tests.
@@ -62,12 +61,6 @@ def refused(it, *words, **config):
 def ctr(name, *options, command):
     """What a container of its own prints."""
     return output(*CTR, "run", "--rm", "--runtime", "io.containerd.husk.v2", *options, "husk.test/busybox:1", name, *command)
-
-
-def needs_containerd_2():
-    """Skips where CRI is too old to ask for it."""
-    if not output("containerd", "--version").split()[2].lstrip("v").startswith("2."):
-        raise Skip("containerd 1.x does not pass this on")
 
 
 def eventually(check, within=5):
@@ -384,7 +377,7 @@ def test_huge_pages():
 
 def test_recursive_read_only():
     """With containerd 2 a volume is recursively read-only as the kubelet asks for it."""
-    needs_containerd_2()
+    needs(2)
     with folder() as top, mounted("-t", "tmpfs", "tmpfs", top):
         (top / "sub").mkdir()
         with mounted("-t", "tmpfs", "tmpfs", top / "sub"), pod() as it:
@@ -395,7 +388,7 @@ def test_recursive_read_only():
 
 def test_image_volume():
     """With containerd 2 an image is a volume: its files are seen, and not written."""
-    needs_containerd_2()
+    needs(2)
     folders = pathlib.Path("/run/husk-test/state/io.containerd.grpc.v1.cri/image-volumes")
     with pod() as it:
         image = {"container_path": "/image", "image": {"image": "husk.test/busybox:1"}, "readonly": True}

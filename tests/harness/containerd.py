@@ -9,6 +9,7 @@ import subprocess
 import time
 
 from .command import Failed, output, run
+from .runner import Older
 
 SOCKET = "/run/husk-test/containerd.sock"
 NAMESPACE = "k8s.io"
@@ -69,6 +70,12 @@ NETWORK = {
 def version():
     """The containerd that is first in PATH: (1, 6) and the like."""
     return tuple(int(part) for part in output("containerd", "--version").split()[2].lstrip("v").split(".")[:2])
+
+
+def needs(major):
+    """Skips a test for which this containerd is too old."""
+    if version() < (major, 0):
+        raise Older(f"needs containerd {major}")
 
 
 class Containerd:

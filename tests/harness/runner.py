@@ -23,6 +23,10 @@ class Skip(Exception):
     """The test needs something that this machine lacks; the message says what."""
 
 
+class Older(Skip):
+    """This containerd is older than the test needs; tests/run runs the test on a newer one."""
+
+
 class Late(AssertionError):
     """The test's deadline passed."""
 
@@ -41,8 +45,8 @@ def full(usual, whole):
 
 
 def collect(suite, names):
-    """The suite's tests in order of file and place, or what its own `collect` gives; with names, only those whose full name contains one
-    of them."""
+    """The suite's tests in order of file and place, or what its own `collect` gives; with names, only those whose full name, closed by a
+    `$`, contains one of them."""
     own = getattr(importlib.import_module(suite), "collect", None)
     if own:
         return own(names)
@@ -52,7 +56,7 @@ def collect(suite, names):
         tests = [f for n, f in vars(module).items() if n.startswith("test_") and f.__module__ == module.__name__]
         for test in sorted(tests, key=lambda f: f.__code__.co_firstlineno):
             found.append((f"{suite}.{file.stem}.{test.__name__[5:]}", test))
-    return [(n, t) for n, t in found if not names or any(name in n for name in names)]
+    return [(n, t) for n, t in found if not names or any(name in f"{n}$" for name in names)]
 
 
 def run_one(name, test, environment, logs):
@@ -71,7 +75,7 @@ def run_one(name, test, environment, logs):
     try:
         test(environment) if test.__code__.co_argcount else test()
     except Skip as why:
-        result.update(result="skipped", why=str(why))
+        result.update(result="skipped", why=str(why), older=isinstance(why, Older))
     except BaseException as error:
         signal.alarm(0)
         if isinstance(error, KeyboardInterrupt):
