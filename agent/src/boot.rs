@@ -3,9 +3,12 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 
 use husk_agent_api::hello::{self, Hello};
 use husk_agent_api::{NONCE_KEY, RPC_PORT, TEMPLATE_KEY};
+use husk_cell::CgroupError;
+use husk_cell::cgroup::Cgroup;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, setrlimit};
@@ -32,6 +35,9 @@ pub(crate) enum BootError {
     /// The initramfs as root.
     #[error("Could not leave the initial root")]
     Root(#[source] husk_cell::CellError),
+    /// No cgroup for containers.
+    #[error("Could not make the cgroup of the pod")]
+    Cgroup(#[source] CgroupError),
     /// Nobody answered.
     #[error("Could not reach the shim at vsock port {RPC_PORT}")]
     Dial(#[source] io::Error),
@@ -42,6 +48,9 @@ pub(crate) enum BootError {
 
 /// Where cgroup v2 is mounted.
 pub(crate) const CGROUP_DIR: &str = "/sys/fs/cgroup";
+
+/// The cgroup below it that all containers' are in.
+pub(crate) const POD_CGROUP: &str = "pod";
 
 /// The pod-wide /dev/shm, bound into containers that share the pod's ipc namespace. As large as containerd makes it (its CRI plugin's
 /// defaultShmSize); who wants more mounts an emptyDir in memory there.
@@ -92,19 +101,14 @@ fn mounts() -> Result<(), BootError> {
         Ok(()) | Err(Errno::ENODEV | Errno::ENOENT) => {}
         Err(error) => tracing::warn!("Could not mount securityfs: {error}"),
     }
-    enable_controllers()?;
+    pod_cgroup().map_err(BootError::Cgroup)?;
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
         .map_err(step("raise the limit of open files of", "/init"))
 }
 
-/// Gives every cgroup v2 controller to the root's children (cgroup-v2.rst, "Enabling and Disabling").
-fn enable_controllers() -> Result<(), BootError> {
-    let controllers = read("/sys/fs/cgroup/cgroup.controllers")?;
-    write("/sys/fs/cgroup/cgroup.subtree_control", &enabling(&controllers))
-}
-
-fn enabling(controllers: &str) -> String {
-    controllers.split_whitespace().map(|name| format!("+{name}")).collect::<Vec<_>>().join(" ")
+/// The cgroup of all containers, made if it is not there.
+pub(crate) fn pod_cgroup() -> Result<Cgroup, CgroupError> {
+    Cgroup::parent(Path::new(CGROUP_DIR), POD_CGROUP)
 }
 
 async fn greet(mut connection: Connection, nonce: [u8; 16]) -> io::Result<Connection> {
@@ -168,11 +172,5 @@ mod tests {
         assert_eq!(parse_nonce("+b000000000000000000000000000001"), None);
         assert_eq!(parse_nonce("ab"), None);
         assert_eq!(parse_nonce(&"a".repeat(33)), None);
-    }
-
-    #[test]
-    fn enables_all_controllers_in_one_write() {
-        assert_eq!(enabling("cpuset cpu io\n"), "+cpuset +cpu +io");
-        assert_eq!(enabling("\n"), "");
     }
 }

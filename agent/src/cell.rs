@@ -9,7 +9,7 @@ use husk_cell::{CgroupError, CreateRequest, Created};
 use oci_spec::runtime::{LinuxNamespaceType, Process as OciProcess, Spec};
 use tokio::task::spawn_blocking;
 
-use crate::boot::CGROUP_DIR;
+use crate::boot::{CGROUP_DIR, POD_CGROUP};
 use crate::container::{ContainerError, Result};
 
 /// The pod's shared pid namespace.
@@ -47,7 +47,7 @@ pub(crate) fn build(
     let path = linux.cgroups_path().clone().unwrap_or_else(|| Path::new("/").join(&id));
     let path = path.to_str().ok_or_else(|| ContainerError::Unfit("The spec's cgroupsPath is no UTF-8".into()))?;
     let what = format!("make the cgroup of container {id}");
-    let cgroup = Cgroup::create(Path::new(CGROUP_DIR), path)
+    let cgroup = Cgroup::create(&Path::new(CGROUP_DIR).join(POD_CGROUP), path)
         .map_err(|source| ContainerError::Cgroup { what: what.clone(), source })?;
     let limit = || {
         let resources = linux.resources().as_ref();

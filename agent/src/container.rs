@@ -228,7 +228,7 @@ impl Containers {
     ) -> Result<(Starter, u32)> {
         let Created { process, namespaces } = created;
         let doing = || format!("watch the memory of container {}", container.id);
-        let watch = cgroup.watch_oom().map_err(|source| ContainerError::Cgroup { what: doing(), source })?;
+        let watch = cgroup.watch_memory().map_err(|source| ContainerError::Cgroup { what: doing(), source })?;
         let oom = Arc::new(Oom::new(watch).map_err(StdioError::Attach)?);
         let stdio::Attached { terminal, outputs } = stdio::attach(ends, connections?, process.terminal)?;
         let pid = to_pid(process.pid);

@@ -14,7 +14,7 @@ mod ioctls {
 
 /// Registers something with the event loop that owns a descriptor and keeps it for its whole life.
 pub(crate) fn watch<T: AsRawFd>(owner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
-    // SAFETY: the owners here (OwnedFd, OomWatch) neither close nor exchange their descriptor before they are dropped.
+    // SAFETY: the owners here (OwnedFd, EventsWatch) neither close nor exchange their descriptor before they are dropped.
     Ok(unsafe { AsyncFd::register_with_interest(owner, interest) }?)
 }
 

@@ -1,6 +1,6 @@
-//! Exits and OOM kills on their way to the shim: a bounded queue, in order, from the moment they happen until the shim asks for them.
+//! Exits, OOM kills and wishes for memory on their way to the shim: a bounded queue, in order, from the moment they happen until the shim asks for them.
 
-use husk_agent_api::agent::{Event, OutOfMemory, ProcessExit};
+use husk_agent_api::agent::{Event, MemoryWanted, OutOfMemory, ProcessExit};
 use tokio::sync::{Mutex, MutexGuard, mpsc};
 
 use crate::reaper::Exit;
@@ -41,6 +41,13 @@ impl Events {
     pub(crate) async fn out_of_memory(&self, id: &str) {
         let mut event = Event::new();
         event.set_oom(OutOfMemory { id: id.to_owned(), ..Default::default() });
+        self.push(event).await;
+    }
+
+    /// Tells that the machine should grow.
+    pub(crate) async fn memory_wanted(&self) {
+        let mut event = Event::new();
+        event.set_memory_wanted(MemoryWanted::new());
         self.push(event).await;
     }
 

@@ -13,6 +13,7 @@ mod forward;
 mod huge;
 mod listen;
 mod log;
+mod memory;
 mod net;
 mod oom;
 mod pod;

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use husk_cell::cgroup::OomWatch;
+use husk_cell::cgroup::EventsWatch;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -13,19 +13,19 @@ use crate::events::Events;
 
 /// The OOM kills of a container that have been told.
 pub(crate) struct Oom {
-    watch: AsyncFd<OomWatch>,
+    watch: AsyncFd<EventsWatch>,
     told: AtomicU64,
 }
 
 impl Oom {
     /// Begins to watch a container's cgroup; nothing is told yet.
-    pub(crate) fn new(watch: OomWatch) -> io::Result<Self> {
+    pub(crate) fn new(watch: EventsWatch) -> io::Result<Self> {
         Ok(Self { watch: descriptor::watch(watch, Interest::PRIORITY)?, told: AtomicU64::new(0) })
     }
 
     /// Tells of new kills. Called also before an exit is told, so that the cause comes first.
     pub(crate) async fn tell(&self, id: &str, events: &Events) {
-        match self.watch.get_ref().kills() {
+        match self.watch.get_ref().count("oom_kill") {
             Ok(kills) if kills > self.told.fetch_max(kills, Ordering::Relaxed) => events.out_of_memory(id).await,
             Ok(_) => {}
             Err(error) => tracing::debug!("Could not read the OOM kills of {id}: {error}"),

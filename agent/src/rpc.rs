@@ -10,8 +10,7 @@ use async_trait::async_trait;
 use futures::stream;
 use husk_agent_api::agent::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecProcessRequest,
-    ExecProcessResponse, ListProcessesResponse, ListedProcess, LoadProfileRequest, ProcessRequest,
-    ResizeTerminalRequest, SignalProcessRequest, StartPodRequest, StartPodResponse, StatsPodResponse, StatsResponse,
+    ExecProcessResponse, ListProcessesResponse, ListedProcess, LoadProfileRequest, MemoryChangedRequest, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, StartPodRequest, StartPodResponse, StatsPodResponse, StatsResponse,
     UpdateContainerRequest,
 };
 use husk_agent_api::agent_ttrpc::{Agent, create_agent};
@@ -24,10 +23,12 @@ use ttrpc::asynchronous::transport::Listener;
 use ttrpc::{Code, get_status};
 
 use crate::apparmor;
+use crate::boot;
 use crate::container::{ContainerError, Containers};
 use crate::dial::{Connection, Dialler};
 use crate::events::Events;
 use crate::huge::HugeError;
+use crate::memory::{Memory, MemoryError};
 use crate::pod::{self, PodError};
 use crate::reaper::{Children, Reaper};
 use crate::shutdown::Machine;
@@ -36,6 +37,8 @@ use crate::{display, stats};
 /// Why serving ended early.
 #[derive(Debug, Error)]
 pub(crate) enum ServeError {
+    #[error("Could not make the cgroup of the pod")]
+    Cgroup(#[source] CgroupError),
     #[error("Could not start the RPC server")]
     Start(#[source] ttrpc::Error),
 }
@@ -50,8 +53,9 @@ pub(crate) async fn serve(
     let reaper = Arc::new(Reaper::default());
     tokio::spawn(reaper.clone().run(children));
     let events = Arc::new(Events::new());
+    let memory = Arc::new(Memory::new(boot::pod_cgroup().map_err(ServeError::Cgroup)?, events.clone()));
     let containers = Arc::new(Containers::new(dialler, reaper, events.clone()));
-    let service = Service { containers: containers.clone(), events, started: AtomicBool::new(false), machine };
+    let service = Service { containers: containers.clone(), events, memory, started: AtomicBool::new(false), machine };
     let (announce, ended) = oneshot::channel();
     let connection = Announced { connection, announce: Some(announce) };
     let listener = Listener::new(stream::once(async { Ok::<_, io::Error>(connection) }));
@@ -67,6 +71,7 @@ pub(crate) async fn serve(
 struct Service {
     containers: Arc<Containers>,
     events: Arc<Events>,
+    memory: Arc<Memory>,
     started: AtomicBool,
     machine: Machine,
 }
@@ -77,6 +82,7 @@ impl Agent for Service {
         if self.started.swap(true, Ordering::AcqRel) {
             return Err(status(Code::FAILED_PRECONDITION, "The pod was started before".into()));
         }
+        self.memory.changed(request.growth_mib).await.map_err(memory_status)?;
         to_the_end(async move { pod::start(&request).await.map_err(pod_status) }).await?;
         Ok(StartPodResponse {
             kernel: nix::sys::utsname::uname()
@@ -153,6 +159,12 @@ impl Agent for Service {
         Ok(Empty::new())
     }
 
+    async fn memory_changed(&self, _: &TtrpcContext, request: MemoryChangedRequest) -> ttrpc::Result<Empty> {
+        let memory = self.memory.clone();
+        to_the_end(async move { memory.changed(request.growth_mib).await.map_err(memory_status) }).await?;
+        Ok(Empty::new())
+    }
+
     async fn stats_container(&self, _: &TtrpcContext, request: ContainerRequest) -> ttrpc::Result<StatsResponse> {
         self.containers.stats(&request.id).await.map(stats::response).map_err(container_status)
     }
@@ -205,6 +217,10 @@ fn pod_status(error: PodError) -> ttrpc::Error {
         _ => Code::INTERNAL,
     };
     status(code, display(error))
+}
+
+fn memory_status(error: MemoryError) -> ttrpc::Error {
+    status(Code::INTERNAL, display(error))
 }
 
 fn container_status(error: ContainerError) -> ttrpc::Error {

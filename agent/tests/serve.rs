@@ -181,7 +181,7 @@ impl Pod {
 
     async fn delete(&self, id: &str) {
         self.client.delete_container(context(), &of(id)).await.unwrap();
-        assert!(!Path::new("/sys/fs/cgroup").join(cgroup(id)).exists());
+        assert!(!Path::new("/sys/fs/cgroup/pod").join(cgroup(id)).exists());
     }
 
     async fn event(&mut self) -> Event {

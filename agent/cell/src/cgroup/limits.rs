@@ -1,5 +1,6 @@
 //! OCI resources (made for v1) as v2's files. The conversions are those of the runtime-spec's v2 guide and of runc.
 
+use std::fs;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -10,6 +11,10 @@ use crate::CgroupError;
 
 /// The kernel's default CPU period, µs.
 const DEFAULT_PERIOD: u64 = 100_000;
+/// Files of memory that reclaim spares.
+const PROTECTION: [&str; 2] = ["memory.low", "memory.min"];
+/// The most entries of a cgroup's directory: more than it has files and a pod containers.
+const MAX_CHILDREN: usize = 8192;
 /// The most entries of `unified`.
 const MAX_UNIFIED: usize = 256;
 
@@ -33,8 +38,25 @@ pub(super) fn apply(directory: &Path, resources: &LinuxResources) -> Result<(), 
             Err(error) if setting.optional && files::is_any(&error, &[Errno::ENOENT, Errno::EOPNOTSUPP]) => {}
             other => other?,
         }
+        if PROTECTION.contains(&setting.file.as_str()) {
+            protect_parent(directory, &setting.file)?;
+        }
     }
     Ok(())
+}
+
+/// Protects the cgroup above as much as all below it together: a cgroup's own protection counts no further (cgroup-v2.rst, memory.min).
+fn protect_parent(directory: &Path, file: &str) -> Result<(), CgroupError> {
+    // The root has no such file.
+    let Some(parent) = directory.parent().filter(|parent| parent.join(file).exists()) else { return Ok(()) };
+    let mut sum = 0_u64;
+    for entry in fs::read_dir(parent).map_err(files::error("list", parent))?.take(MAX_CHILDREN) {
+        // One that is not there any more has none.
+        let Ok(text) = files::read(&entry.map_err(files::error("list", parent))?.path(), file) else { continue };
+        sum = sum.saturating_add(text.trim().parse().unwrap_or(u64::MAX));
+    }
+    let value = if sum > i64::MAX as u64 { "max".to_owned() } else { sum.to_string() };
+    files::write(parent, file, &value)
 }
 
 fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError> {

@@ -37,6 +37,18 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
+    /// Makes a cgroup (a plain name below `root`) whose children get every controller. One that is there already is fine.
+    pub fn parent(root: &Path, name: &str) -> Result<Self, CgroupError> {
+        let path = root.join(name);
+        enable_controllers(root)?;
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(files::error("create", &path)(error)),
+            _ => {}
+        }
+        enable_controllers(&path)?;
+        Ok(Self { path })
+    }
+
     /// Makes `path` (the spec's cgroupsPath: absolute, below `root`, no dots) and switches the controllers on for it. One that is there
     /// already is replaced if it has no process, else it is an error.
     pub fn create(root: &Path, path: &str) -> Result<Self, CgroupError> {
@@ -123,11 +135,28 @@ impl Cgroup {
         stats::read(&self.path)
     }
 
-    /// `memory.events` opened for poll (POLLPRI wakes at each change: `AsyncFd` with `Interest::PRIORITY`), see [`OomWatch::kills`].
-    pub fn watch_oom(&self) -> Result<OomWatch, CgroupError> {
-        let path = self.path.join("memory.events");
-        let file = File::open(&path).map_err(files::error("open", &path))?;
-        Ok(OomWatch { file, path })
+    /// `memory.events` opened for poll (POLLPRI wakes at each change: `AsyncFd` with `Interest::PRIORITY`): `oom_kill` counts the processes
+    /// of the cgroup and of those below that the OOM killer took.
+    pub fn watch_memory(&self) -> Result<EventsWatch, CgroupError> {
+        EventsWatch::open(self.path.join("memory.events"))
+    }
+
+    /// `memory.events.local` likewise, which counts what this cgroup's own limits did: `high` each time that its memory.high was passed.
+    pub fn watch_own_memory(&self) -> Result<EventsWatch, CgroupError> {
+        EventsWatch::open(self.path.join("memory.events.local"))
+    }
+
+    /// Bytes charged to it and those below that reclaim can't get: all but file pages and reclaimable slab (cgroup-v2.rst, memory.stat).
+    pub fn memory_held(&self) -> Result<u64, CgroupError> {
+        let stat = files::read(&self.path, "memory.stat")?;
+        let current: u64 = files::read(&self.path, "memory.current")?.trim().parse().unwrap_or(0);
+        let reclaimable = ["active_file", "inactive_file", "slab_reclaimable"].map(|key| stats::lookup(&stat, key).unwrap_or(0));
+        Ok(current.saturating_sub(reclaimable.iter().sum()))
+    }
+
+    /// Sets memory.high, bytes; none: no such mark. Where more is in use, this blocks while the kernel takes it back.
+    pub fn set_memory_high(&self, mark: Option<u64>) -> Result<(), CgroupError> {
+        files::write(&self.path, "memory.high", &mark.map_or_else(|| "max".to_owned(), |mark| mark.to_string()))
     }
 
     /// Waits until no process is left (blocks, at most `limit`) and removes it with all below. Absent is success.
@@ -203,28 +232,33 @@ impl Cgroup {
     }
 }
 
-/// Counts OOM kills.
+/// A file of counted events.
 #[derive(Debug)]
-pub struct OomWatch {
+pub struct EventsWatch {
     file: File,
     path: PathBuf,
 }
 
-impl OomWatch {
-    /// `oom_kill` of memory.events now: processes of the cgroup and of those below that the OOM killer took. Reading re-arms the poll.
-    pub fn kills(&self) -> Result<u64, CgroupError> {
+impl EventsWatch {
+    fn open(path: PathBuf) -> Result<Self, CgroupError> {
+        let file = File::open(&path).map_err(files::error("open", &path))?;
+        Ok(Self { file, path })
+    }
+
+    /// How often the event has happened. Reading re-arms the poll.
+    pub fn count(&self, event: &str) -> Result<u64, CgroupError> {
         let text = files::read_open(&self.file).map_err(files::error("read", &self.path))?;
-        Ok(stats::lookup(&text, "oom_kill").unwrap_or(0))
+        Ok(stats::lookup(&text, event).unwrap_or(0))
     }
 }
 
-impl AsRawFd for OomWatch {
+impl AsRawFd for EventsWatch {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
 }
 
-impl AsFd for OomWatch {
+impl AsFd for EventsWatch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }

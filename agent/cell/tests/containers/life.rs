@@ -232,15 +232,15 @@ fn out_of_memory() {
     let bundle = Bundle::new("oom");
     let resources = json!({"memory": {"limit": 33554432, "swap": 33554432}});
     bundle.cgroup.set(&serde_json::from_value(resources).unwrap()).unwrap();
-    let watch = bundle.cgroup.watch_oom().unwrap();
-    assert_eq!(watch.kills().unwrap(), 0);
+    let watch = bundle.cgroup.watch_memory().unwrap();
+    assert_eq!(watch.count("oom_kill").unwrap(), 0);
     let mut spec = bundle.spec("");
     spec["process"]["args"] = json!(["tail", "/dev/zero"]);
     let (_, status) = bundle.run(&spec).unwrap();
     assert_eq!(status, 137);
     let mut fds = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&watch), nix::poll::PollFlags::POLLPRI)];
     assert_eq!(nix::poll::poll(&mut fds, 5000_u16).unwrap(), 1);
-    assert_eq!(watch.kills().unwrap(), 1);
+    assert_eq!(watch.count("oom_kill").unwrap(), 1);
     assert!(watch.as_raw_fd() > 2);
 }
 
