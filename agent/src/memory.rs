@@ -23,6 +23,8 @@ const MIB: u64 = 1 << 20;
 pub(crate) enum MemoryError {
     #[error("Could not read how much memory there is")]
     Total(#[source] Errno),
+    #[error("Could not read how much memory the pod has taken")]
+    Read(#[source] CgroupError),
     #[error("Could not set the pod's memory.high")]
     Mark(#[source] CgroupError),
     #[error("Could not watch the pod's memory")]
@@ -81,16 +83,27 @@ impl Memory {
         }
         let memory = self.clone();
         // Where more is used than the mark the kernel first takes file pages back.
-        spawn_blocking(move || memory.set_mark(growth_mib.saturating_mul(MIB))).await?
+        if spawn_blocking(move || memory.set_mark(growth_mib.saturating_mul(MIB))).await?? {
+            self.events.memory_wanted().await;
+        }
+        Ok(())
     }
 
-    fn set_mark(&self, growth: u64) -> Result<(), MemoryError> {
+    /// Sets the first mark. True: it is passed already, and the machine is to be asked for more.
+    fn set_mark(&self, growth: u64) -> Result<bool, MemoryError> {
         let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
         *room = Room { total: sysinfo().map_err(MemoryError::Total)?.ram_total(), growth };
-        let mark = (growth > 0).then(|| room.ask_at());
+        let held = self.pod.memory_held().map_err(MemoryError::Read)?;
+        let asks = growth > 0 && held > room.ask_at();
+        let mark = match growth {
+            0 => None,
+            _ if !asks => Some(room.ask_at()),
+            // Beyond both marks the containers would stand still at once.
+            _ => (held < room.slow_at()).then(|| room.slow_at()),
+        };
         self.pod.set_memory_high(mark).map_err(MemoryError::Mark)?;
-        self.may_ask.store(growth > 0, Ordering::Release);
-        Ok(())
+        self.may_ask.store(growth > 0 && !asks, Ordering::Release);
+        Ok(asks)
     }
 
     /// The containers have passed the mark.
@@ -98,16 +111,16 @@ impl Memory {
         let memory = self.clone();
         let asks = spawn_blocking(move || {
             let room = memory.room.lock().unwrap_or_else(PoisonError::into_inner);
-            let asks = memory.may_ask.load(Ordering::Acquire) && room.is_needed(memory.pod.memory_held()?);
+            let held = memory.pod.memory_held().map_err(MemoryError::Read)?;
+            let asks = memory.may_ask.load(Ordering::Acquire) && room.is_needed(held);
             if asks {
                 memory.may_ask.store(false, Ordering::Release);
             }
-            Ok::<_, CgroupError>(asks)
+            Ok(asks)
         });
-        match asks.await {
-            Ok(Ok(true)) => {}
-            Ok(Ok(false)) => return,
-            Ok(Err(error)) => return tracing::warn!("{}", crate::context("Could not read the pod's memory", error)),
+        match asks.await.map_err(MemoryError::from).and_then(|asks| asks) {
+            Ok(true) => {}
+            Ok(false) => return,
             Err(error) => return tracing::warn!("{}", crate::display(error)),
         }
         let memory = self.clone();
