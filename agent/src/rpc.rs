@@ -10,8 +10,9 @@ use async_trait::async_trait;
 use futures::stream;
 use husk_agent_api::agent::{
     ContainerRequest, CreateContainerRequest, CreateContainerResponse, Empty, Event, ExecProcessRequest,
-    ExecProcessResponse, ListProcessesResponse, ListedProcess, LoadProfileRequest, MemoryChangedRequest, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, StartPodRequest, StartPodResponse, StatsPodResponse, StatsResponse,
-    UpdateContainerRequest,
+    ExecProcessResponse, ListProcessesResponse, ListedProcess, LoadProfileRequest, MemoryChangedRequest,
+    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, StartPodRequest, StartPodResponse, StatsPodResponse,
+    StatsResponse, UpdateContainerRequest,
 };
 use husk_agent_api::agent_ttrpc::{Agent, create_agent};
 use husk_cell::{CellError, CgroupError};

@@ -42,7 +42,9 @@ impl Cgroup {
         let path = root.join(name);
         enable_controllers(root)?;
         match fs::create_dir(&path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(files::error("create", &path)(error)),
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(files::error("create", &path)(error));
+            }
             _ => {}
         }
         enable_controllers(&path)?;
@@ -150,7 +152,8 @@ impl Cgroup {
     pub fn memory_held(&self) -> Result<u64, CgroupError> {
         let stat = files::read(&self.path, "memory.stat")?;
         let current: u64 = files::read(&self.path, "memory.current")?.trim().parse().unwrap_or(0);
-        let reclaimable = ["active_file", "inactive_file", "slab_reclaimable"].map(|key| stats::lookup(&stat, key).unwrap_or(0));
+        let reclaimable =
+            ["active_file", "inactive_file", "slab_reclaimable"].map(|key| stats::lookup(&stat, key).unwrap_or(0));
         Ok(current.saturating_sub(reclaimable.iter().sum()))
     }
 
