@@ -177,6 +177,12 @@ fn fill(config: &VmConfig, memory: &GuestMemory, start: Start) -> Result<Beginni
     let beginning = match (start, &config.start) {
         (Start::Boot { mut kernel, mut initramfs }, config::Start::Boot { cmdline, .. }) => {
             let acpi = acpi::tables(config.vcpus, config.serial);
+            if config.save.is_some() {
+                // The agent of a template clears all free memory.
+                for (start, len) in layout::ram(config.memory_mib * layout::MIB) {
+                    memory::make_huge(memory, start..start + len);
+                }
+            }
             let images = Images { kernel: &mut kernel, initramfs: &mut initramfs, cmdline, acpi: &acpi };
             Beginning::Kernel(boot::load(memory, images)?)
         }
