@@ -297,7 +297,7 @@ def test_refusals():
     with cni.netns("large") as it:
         batch = "".join(f"link add v{n}a type veth peer name v{n}b\nlink set v{n}a up\nlink set v{n}b up\n" for n in range(50))
         run("ip", "-n", it.name, "-batch", "-", stdin=batch)
-        _refused(it.path, "100 network interfaces; 16 are possible")
+        _refused(it.path, "100 network interfaces; 9 are possible")
     with cni.netns("wide") as it:
         batch = "link add v0 type veth peer name v1\nlink set v0 up\n" + "".join(f"addr add 10.0.{n // 200}.{n % 200}/32 dev v0\n" for n in range(300))
         run("ip", "-n", it.name, "-batch", "-", stdin=batch)

@@ -14,11 +14,11 @@ def test_power_off():
 
 def test_devices():
     """PCI functions come in their order, the entropy device is the kernel's source, the clock is KVM's."""
-    with machine("poweroff") as vm:
+    with machine("poweroff", hotplug_mib=128) as vm:
         vm.until("ready")
         ids = [line.split("id=")[1] for line in sorted(vm.lines) if line.startswith("device ")]
-        # Host bridge, rng, console, vsock: 0x1040 and the virtio device type.
-        assert ids == ["0x0008", "0x1044", "0x1043", "0x1053"], vm.said()
+        # Host bridge, rng, console, vsock, balloon, mem: 0x1040 and the virtio device type.
+        assert ids == ["0x0008", "0x1044", "0x1043", "0x1053", "0x1045", "0x1058"], vm.said()
         assert "rng=virtio_rng.0" in vm.lines, vm.said()
         assert "clocksource=kvm-clock" in vm.lines or "clocksource=tsc" in vm.lines, vm.said()
 

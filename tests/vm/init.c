@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
@@ -60,6 +61,27 @@ static void use_files(void) {
     if (umount2("/tmp", MNT_DETACH)) perror("umount");
 }
 
+/* Takes so many MiB of memory, or gives them back. */
+static void hold(size_t mib) {
+    static void *held;
+    static size_t len;
+    if (held) munmap(held, len);
+    held = NULL;
+    len = mib << 20;
+    if (!len) return;
+    held = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (held == MAP_FAILED) perror("mmap");
+    for (size_t at = 0; at < len; at += 4096) ((volatile char *)held)[at] = 1;
+}
+
+static void copy_file(const char *path, int to) {
+    char text[4096];
+    int fd = open(path, O_RDONLY);
+    for (ssize_t len; fd >= 0 && (len = read(fd, text, sizeof text)) > 0;)
+        if (write(to, text, len) != len) perror("write");
+    close(fd);
+}
+
 /* Waits for the host as the agent of a template does: listens, tells so on the console, then answers who connects. */
 static void wait_for_host(void) {
     struct sockaddr_vm any = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = 1024};
@@ -67,12 +89,18 @@ static void wait_for_host(void) {
     if (bind(listener, (struct sockaddr *)&any, sizeof any) || listen(listener, 1)) perror("listen");
     printf("waiting\n");
     for (;;) {
-        char command[16] = "";
+        char command[256] = "";
         unsigned char random[16];
         struct timespec now;
         int fd = accept(listener, NULL, NULL);
         if (fd < 0 || read(fd, command, sizeof command - 1) <= 0) perror("accept");
         if (!strcmp(command, "files")) use_files();
+        if (!strncmp(command, "hold ", 5)) hold(strtoul(command + 5, NULL, 10));
+        if (!strncmp(command, "read ", 5)) {
+            copy_file(command + 5, fd);
+            close(fd);
+            continue;
+        }
         if (!strcmp(command, "off")) return;
         for (int cpu = 0; cpu < get_nprocs(); cpu++) {
             cpu_set_t set;

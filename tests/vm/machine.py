@@ -167,10 +167,20 @@ class Vm:
         for key, value in fields(response):
             if key == 1:
                 state = value.decode()
-            else:
+            elif number == 2:
                 phase = dict(fields(value))
                 phases.append((phase[1].decode(), phase.get(2, 0)))
         return state, phases
+
+    def memory(self):
+        """The guest's memory in MiB: booted with, room to plug, requested, plugged."""
+        memory = dict(fields(dict(fields(self.call("Status")[1]))[3]))
+        return tuple(memory.get(number, 0) for number in (1, 2, 3, 4))
+
+    def resize(self, plugged_mib):
+        """Asks the guest to have so much plugged: MiB that it has then, or the status code below zero."""
+        code, response = self.call("ResizeMemory", bytes([8]) + varint(plugged_mib))
+        return -code if code else dict(fields(response)).get(1, 0)
 
     def accept(self, limit=100):
         """The guest's next connection: port and socket."""

@@ -14,11 +14,11 @@ NET = dict(mac=[2, 0, 0, 0, 0, 1], mtu=1500)
 
 
 @contextlib.contextmanager
-def saved(**shape):
+def saved(cmdline="", **shape):
     """The folder of a snapshot whose guest waits for the host, with the shape of a pod: a network and a file system, without back ends."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        with machine("template", save=folder, nets=[NET], fs=dict(tag="share", request_queues=1), jail=JAIL, **shape) as vm:
+        with machine("template", cmdline, save=folder, nets=[NET], fs=dict(tag="share", request_queues=1), jail=JAIL, **shape) as vm:
             vm.until("waiting")
             assert vm.call("Save")[0] == FAILED_PRECONDITION
             assert vm.call("Pause")[0] == 0, vm.said()

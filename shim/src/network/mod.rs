@@ -25,8 +25,8 @@ use self::read::Link;
 /// Longest time that all netlink work of a call may take together.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Most interfaces of a pod: each is a PCI device of the guest.
-const MAX_INTERFACES: usize = 16;
+/// Most interfaces of a pod: each is a PCI device of the guest, whose bus has room for so many beside the other devices.
+const MAX_INTERFACES: usize = 9;
 
 /// Most addresses of a pod's interfaces together.
 const MAX_ADDRESSES: usize = 256;

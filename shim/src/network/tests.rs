@@ -208,7 +208,7 @@ async fn a_namespace_is_one_pods_and_its_size_is_bounded() {
         }
     }
     let error = prepare(&path(&pod)).await.unwrap_err();
-    assert!(error.to_string().contains("18 network interfaces; 16"), "{error}");
+    assert!(error.to_string().contains("10 network interfaces; 9"), "{error}");
     assert!(!read::links(handle).await.unwrap().iter().any(Link::is_tap));
     // One that is down is not the pod's.
     let last = index(handle, "other0").await;
@@ -216,7 +216,7 @@ async fn a_namespace_is_one_pods_and_its_size_is_bounded() {
     let other = index(handle, "other1").await;
     handle.link().set(LinkUnspec::new_with_index(other).down().build()).execute().await.unwrap();
     let prepared = prepare(&path(&pod)).await.unwrap();
-    assert_eq!(prepared.interfaces.len(), 15);
+    assert_eq!(prepared.interfaces.len(), 7);
     assert!(prepared.interfaces.iter().any(|interface| interface.name == "fifteen-bytes01"));
 
     let second = prepare(&path(&pod)).await.unwrap_err();

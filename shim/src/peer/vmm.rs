@@ -120,6 +120,7 @@ impl Vmm {
             id: start.id.to_owned(),
             vcpus: start.size.vcpus,
             memory_mib: start.size.memory_mib,
+            hotplug_mib: 0,
             start: beginning,
             save: None,
             kvm: inherited.add(helper::open(Path::new("/dev/kvm"), true, "open KVM")?),

@@ -16,6 +16,9 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory in MiB, at least 64.
     pub memory_mib: u64,
+    /// Memory in MiB that can be plugged in while the machine runs (virtio-mem), a multiple of 128; none of it is at the start.
+    #[serde(default)]
+    pub hotplug_mib: u64,
     /// What it begins from.
     pub start: Start,
     /// Where it is saved to when the shim says so; then no device may have a back end but console and vsock.

@@ -6,6 +6,7 @@ pub mod disk;
 pub mod entropy;
 pub mod event;
 pub mod files;
+pub mod hole;
 pub mod sink;
 pub mod stream;
 pub mod tap;

@@ -18,7 +18,7 @@ use crate::memory::MemorySum;
 /// What a state file begins with.
 const MAGIC: [u8; 8] = *b"HUSKSNAP";
 /// The format's version. Any change of the machine's state is a new one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Length of the header in bytes.
 pub const HEADER_LEN: usize = 40;
 

@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use husk_backend::disk::Disk;
 use husk_backend::files::FileChannel;
 use husk_vmm_api::vmm::{
-    AttachDiskRequest, AttachDiskResponse, DetachDiskRequest, DetachDiskResponse, Empty, Phase, SaveResponse,
-    StatusResponse,
+    AttachDiskRequest, AttachDiskResponse, DetachDiskRequest, DetachDiskResponse, Empty, Memory, Phase,
+    ResizeMemoryRequest, ResizeMemoryResponse, SaveResponse, StatusResponse,
 };
 use husk_vmm_api::vmm_ttrpc::{Vmm, create_vmm};
 use ttrpc::r#async::TtrpcContext;
@@ -17,7 +17,7 @@ use ttrpc::{Code, Error, get_status};
 use super::socket::{ControlSocket, Stop};
 use crate::hw::hotplug::HotPlugError;
 use crate::lock::lock;
-use crate::machine::{DiskError, Disks, Paused, Running};
+use crate::machine::{DiskError, Disks, Paused, ResizeError, Running, Sizing};
 use crate::phases::Phases;
 
 /// The machine as the API sees it.
@@ -32,6 +32,7 @@ enum State {
 pub(super) struct Control {
     machine: Mutex<State>,
     disks: Arc<Disks>,
+    sizing: Arc<Sizing>,
     files: Mutex<Option<FileChannel>>,
     phases: Phases,
     stop: Stop,
@@ -40,8 +41,8 @@ pub(super) struct Control {
 impl Control {
     /// Of a running machine.
     pub(super) fn new(machine: Running, files: Option<FileChannel>, phases: Phases, stop: Stop) -> Self {
-        let disks = machine.disks();
-        Self { machine: Mutex::new(State::Running(machine)), disks, files: Mutex::new(files), phases, stop }
+        let (disks, sizing) = (machine.disks(), machine.sizing());
+        Self { machine: Mutex::new(State::Running(machine)), disks, sizing, files: Mutex::new(files), phases, stop }
     }
 }
 
@@ -72,6 +73,14 @@ fn disk_status(error: DiskError) -> Error {
     Error::RpcStatus(get_status(code, crate::chain(&error)))
 }
 
+fn resize_status(error: ResizeError) -> Error {
+    let code = match &error {
+        ResizeError::Room { .. } | ResizeError::Granularity(_) => Code::INVALID_ARGUMENT,
+        ResizeError::Memory(_) => Code::INTERNAL,
+    };
+    Error::RpcStatus(get_status(code, crate::chain(&error)))
+}
+
 /// Printable, so that it can stand in logs and in the guest's sysfs.
 fn is_serial(serial: &str) -> bool {
     (1..=20).contains(&serial.len()) && serial.bytes().all(|byte| byte.is_ascii_graphic())
@@ -86,7 +95,15 @@ impl Vmm for Control {
         };
         let phase = |(name, micros): (&str, u64)| Phase { name: name.into(), micros, ..Default::default() };
         let phases = self.phases.list().into_iter().map(phase).collect();
-        Ok(StatusResponse { state: state.into(), phases, ..Default::default() })
+        let figures = self.sizing.figures();
+        let memory = Memory {
+            boot_mib: figures.boot,
+            hotplug_mib: figures.hotplug,
+            requested_mib: figures.requested,
+            plugged_mib: figures.plugged,
+            ..Default::default()
+        };
+        Ok(StatusResponse { state: state.into(), phases, memory: Some(memory).into(), ..Default::default() })
     }
 
     async fn stop(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
@@ -127,6 +144,18 @@ impl Vmm for Control {
             }
             State::Running(_) | State::Changing => Err(refused("Only a paused machine can be saved")),
         }
+    }
+
+    async fn resize_memory(
+        &self,
+        _: &TtrpcContext,
+        request: ResizeMemoryRequest,
+    ) -> ttrpc::Result<ResizeMemoryResponse> {
+        if matches!(*lock(&self.machine), State::Paused(_)) {
+            return Err(refused("The memory of a paused machine can't be resized"));
+        }
+        let plugged_mib = self.sizing.resize(request.plugged_mib).await.map_err(resize_status)?;
+        Ok(ResizeMemoryResponse { plugged_mib, ..Default::default() })
     }
 
     async fn attach_disk(&self, _: &TtrpcContext, request: AttachDiskRequest) -> ttrpc::Result<AttachDiskResponse> {

@@ -8,6 +8,7 @@ use std::thread;
 
 use event_manager::SubscriberOps;
 use husk_snapshot::StateError;
+use husk_virtio::Attached;
 use husk_virtio::device::GuestMemory;
 use husk_vmm_api::config::{self, VmConfig};
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
@@ -22,6 +23,7 @@ use super::inherited::{Inherited, Snapshot, Start};
 use super::irq::Interrupts;
 use super::memory::MemoryError;
 use super::saved::{MachineState, Slot, VcpuStateError};
+use super::sizing::{Hotplug, Sizing};
 use super::vcpu::{Buses, Template, Vcpu, VcpuError};
 use super::{Built, Ending, Saving, Shared, acpi, boot, kick, layout, memory};
 use crate::bus::mmio::MmioBus;
@@ -38,6 +40,8 @@ const MAX_VCPUS: u8 = 64;
 /// Least and most memory of a VM in MiB.
 const MIN_MEMORY_MIB: u64 = 64;
 const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Memory can be plugged by multiples of this in MiB, Linux' blocks.
+const HOTPLUG_MIB: u64 = 128;
 /// What the machine is made of.
 const NEEDED: [Cap; 6] =
     [Cap::UserMemory, Cap::Irqchip, Cap::IrqRouting, Cap::Irqfd, Cap::Ioeventfd, Cap::ImmediateExit];
@@ -57,6 +61,9 @@ pub(crate) enum BuildError {
         /// Most that is possible.
         most: u64,
     },
+    /// The region for memory that is plugged in later.
+    #[error("The memory that can be plugged in is {0} MiB, no multiple of {HOTPLUG_MIB}")]
+    Hotplug(u64),
     /// KVM is too old or no KVM.
     #[error("KVM can't do {0}")]
     Unsupported(String),
@@ -107,9 +114,11 @@ pub(crate) fn check(config: &VmConfig) -> Result<(), BuildError> {
     let figures = [
         ("The number of vCPUs", config.vcpus.into(), 1, MAX_VCPUS.into()),
         ("The memory in MiB", config.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB),
+        ("The memory that can be plugged in, in MiB,", config.hotplug_mib, 0, MAX_MEMORY_MIB),
     ];
     match figures.into_iter().find(|(_, value, least, most)| !(least..=most).contains(&value)) {
         Some((what, value, least, most)) => Err(BuildError::Config { what, value, least, most }),
+        None if !config.hotplug_mib.is_multiple_of(HOTPLUG_MIB) => Err(BuildError::Hotplug(config.hotplug_mib)),
         None => Ok(()),
     }
 }
@@ -125,20 +134,26 @@ pub(crate) fn build(
     let Inherited { start, save, kvm: system, console, dial, taps, fs } = inherited;
     kick::prepare().map_err(kvm("install the signal handler for vCPUs"))?;
     let vm = create_vm(&system)?;
-    let memory = memory::create(config.memory_mib * layout::MIB)?;
-    memory::attach(&vm, &memory)?;
+    let ram = config.memory_mib * layout::MIB;
+    // What the machine begins with; devices see what is plugged in later, too.
+    let boot = memory::create(ram)?;
+    let slot = memory::attach(&vm, &boot)?;
+    let hotplug = (config.hotplug_mib != 0).then(|| layout::hotplug(ram, config.hotplug_mib * layout::MIB));
+    let memory = hotplug.as_ref().map_or(Ok(boot.clone()), |region| memory::with_hotplug(&boot, region))?;
+    let hotplug = hotplug.map(|region| Hotplug::new(vm.clone(), memory.clone(), region, ram, slot));
+    let (mem, hotplug) = hotplug.transpose().map_err(DeviceError::from)?.unzip();
     phases.end("memory");
 
     let (beginning, parts) = thread::scope(|scope| {
         let loading = thread::Builder::new().name("load".into()).spawn_scoped(scope, || {
-            let beginning = fill(config, &memory, start);
+            let beginning = fill(config, &boot, start);
             phases.end("memory filled");
             beginning
         });
         let loading = loading.map_err(kvm("start a thread to fill the memory"))?;
         let serial_output = config.serial.then(|| console.try_clone()).transpose().map_err(kvm("share the console"))?;
         let backends = Backends { console, dial, taps, fs };
-        let parts = Parts::new(config, &system, &vm, &memory, backends, serial_output, events);
+        let parts = Parts::new(config, &system, &vm, &memory, (backends, mem), serial_output, events);
         phases.end("devices");
         let Ok(beginning) = loading.join() else {
             return Err(BuildError::Unsupported("this kernel or snapshot: its loader panicked".into()));
@@ -149,18 +164,26 @@ pub(crate) fn build(
     match beginning {
         Beginning::Kernel(entry) => vcpus.first().map_or(Ok(()), |first| first.enter_kernel(entry))?,
         Beginning::Saved(state) => {
-            restore(&state, &vm, &vcpus, &buses)?;
+            restore(&state, config, &vm, &vcpus, &buses)?;
             phases.end("restored");
         }
     }
-    let saving = save.map(|files| prepare_saving(&system, vm, &mut vcpus, files, events)).transpose()?;
+    let saving = save.map(|files| prepare_saving(&system, vm, boot, &mut vcpus, files, events)).transpose()?;
     let run_size = system.get_vcpu_mmap_size().map_err(kvm("learn the size of a vCPU's page"))?;
     let vcpus = vcpus.into_iter().map(|vcpu| {
         let page = vcpu.kicker(run_size).map_err(kvm("map a vCPU's page"))?;
         Ok((vcpu, page))
     });
     let vcpus = vcpus.collect::<Result<_, BuildError>>()?;
-    let shared = Shared { buses, gate: Arc::default(), disks: Arc::new(disks), ending, phases, memory };
+    let shared = Shared {
+        buses,
+        gate: Arc::default(),
+        disks: Arc::new(disks),
+        sizing: Arc::new(Sizing::new(config.memory_mib, hotplug)),
+        ending,
+        phases,
+        _memory: memory,
+    };
     Ok(Built { vcpus, shared: Arc::new(shared), saving })
 }
 
@@ -206,11 +229,22 @@ fn fill(config: &VmConfig, memory: &GuestMemory, start: Start) -> Result<Beginni
 }
 
 /// Brings a machine that has not run into a saved state. Interrupts that the devices raise meanwhile find their controllers ready.
-fn restore(state: &MachineState, vm: &VmFd, vcpus: &[Vcpu], buses: &Buses) -> Result<(), BuildError> {
+fn restore(
+    state: &MachineState,
+    config: &VmConfig,
+    vm: &VmFd,
+    vcpus: &[Vcpu],
+    buses: &Buses,
+) -> Result<(), BuildError> {
     if state.vcpus.len() != vcpus.len() {
         let what = "The number of the snapshot's vCPUs";
         let wants = vcpus.len() as u64;
         return Err(BuildError::Config { what, value: state.vcpus.len() as u64, least: wants, most: wants });
+    }
+    if state.hotplug_mib != config.hotplug_mib {
+        let what = "The memory in MiB that can be plugged into the snapshot's machine";
+        let wants = config.hotplug_mib;
+        return Err(BuildError::Config { what, value: state.hotplug_mib, least: wants, most: wants });
     }
     state.controllers.restore(vm).map_err(kvm("restore the interrupt controllers and the clock"))?;
     vcpus.iter().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state))?;
@@ -222,6 +256,7 @@ fn restore(state: &MachineState, vm: &VmFd, vcpus: &[Vcpu], buses: &Buses) -> Re
 fn prepare_saving(
     system: &Kvm,
     vm: Arc<VmFd>,
+    memory: Arc<GuestMemory>,
     vcpus: &mut [Vcpu],
     files: Snapshot,
     events: &mut EventLoop,
@@ -240,7 +275,7 @@ fn prepare_saving(
     }
     let barrier = Arc::new(Barrier::new().map_err(kvm("make an event"))?);
     events.add_subscriber(Arc::new(Mutex::new(BarrierSubscriber(barrier.clone()))));
-    Ok(Saving { vm, barrier, slots, files })
+    Ok(Saving { vm, memory, barrier, slots, files })
 }
 
 /// An empty VM.
@@ -270,7 +305,7 @@ impl Parts {
         system: &Kvm,
         vm: &Arc<VmFd>,
         memory: &Arc<GuestMemory>,
-        backends: Backends,
+        (backends, mem): (Backends, Option<Attached>),
         serial_output: Option<OwnedFd>,
         events: &mut EventLoop,
     ) -> Result<Self, BuildError> {
@@ -284,7 +319,7 @@ impl Parts {
         let vcpus = (0..config.vcpus).map(|id| Vcpu::new(vm, id, &template)).collect::<Result<_, _>>()?;
 
         let pci = Arc::new(PciBus::default());
-        devices::attach(config, backends, &interrupts, memory, events, &pci)?;
+        devices::attach(config, backends, mem, &interrupts, memory, events, &pci)?;
         let event = interrupts.pin(layout::GED_GSI).map_err(kvm("make the interrupt of the generic event device"))?;
         let hotplug = Arc::new(HotPlug::new(pci.clone(), event));
         let mut pio = PioBus::default();

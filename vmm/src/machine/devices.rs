@@ -1,5 +1,5 @@
 //! All virtio devices that a machine has from the start: the only place that knows them (disks come later, see `disks`). Each device is joined to its back end here, in the order in
-//! which the guest finds them: rng, console, vsock, fs, nets.
+//! which the guest finds them: rng, console, vsock, balloon, mem, fs, nets.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,6 +11,7 @@ use husk_backend::dial::DialChannel;
 use husk_backend::entropy::Entropy;
 use husk_backend::sink::Sink;
 use husk_backend::tap::Tap;
+use husk_virtio::balloon::Balloon;
 use husk_virtio::console::Console;
 use husk_virtio::device::GuestMemory;
 use husk_virtio::fs::{Fs, FsError};
@@ -69,10 +70,11 @@ fn backend(device: &'static str) -> impl FnOnce(io::Error) -> DeviceError {
     move |source| DeviceError::Backend { device, source }
 }
 
-/// Puts every device of the configuration on the bus.
+/// Puts every device of the configuration on the bus. `mem` is made by whoever sizes memory.
 pub(crate) fn attach(
     config: &VmConfig,
     backends: Backends,
+    mem: Option<Attached>,
     interrupts: &Interrupts,
     memory: &Arc<GuestMemory>,
     events: &mut EventLoop,
@@ -88,6 +90,8 @@ pub(crate) fn attach(
     put(Rng::attach(Entropy)?)?;
     put(Console::attach(Sink::new(backends.console).map_err(backend("console"))?)?)?;
     put(Vsock::attach(DialChannel::new(backends.dial).map_err(backend("vsock"))?, GUEST_CID)?)?;
+    put(Balloon::attach()?)?;
+    mem.map_or(Ok(()), &mut put)?;
     if let Some(fs) = &config.fs {
         put(Fs::attach(backends.fs, &fs.tag, fs.request_queues)?)?;
     }

@@ -1,5 +1,7 @@
 //! The map of guest-physical memory and of I/O ports: every fixed address of the machine, once. `vmm/docs/memory-map.md` draws it.
 
+use std::ops::Range;
+
 /// One mebibyte in bytes.
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -31,6 +33,12 @@ pub(crate) const KERNEL: u64 = 16 * MIB;
 pub(crate) const LOW_RAM_END: u64 = 0xC000_0000;
 /// RAM that doesn't fit below goes on here: 4 GiB.
 pub(crate) const HIGH_RAM: u64 = 1 << 32;
+
+/// Linux plugs memory by blocks of 128 MiB, in a machine of 64 GiB or more by up to 2 GiB (arch/x86/mm/init_64.c,
+/// probe_memory_block_size).
+const MEMORY_BLOCK: u64 = 128 * MIB;
+const LARGE_MEMORY_BLOCK: u64 = 2048 * MIB;
+const LARGE_MEMORY: u64 = 64 << 30;
 
 /// Where PCI functions have their BARs.
 pub(crate) const PCI_WINDOW: u64 = LOW_RAM_END;
@@ -85,6 +93,18 @@ pub(crate) fn ram(len: u64) -> Vec<(u64, u64)> {
     regions
 }
 
+/// Where memory can be plugged into a machine that boots with `ram` bytes: beyond all RAM and 4 GiB, where any of Linux' blocks begins.
+pub(crate) fn hotplug(ram: u64, len: u64) -> Range<u64> {
+    let start = (HIGH_RAM + ram.saturating_sub(LOW_RAM_END)).next_multiple_of(LARGE_MEMORY_BLOCK);
+    start..start + len
+}
+
+/// Length of the blocks by which Linux plugs memory into such a machine.
+pub(crate) fn memory_block(ram: u64) -> u64 {
+    // The hole below 4 GiB counts.
+    if ram + (HIGH_RAM - LOW_RAM_END) < LARGE_MEMORY { MEMORY_BLOCK } else { LARGE_MEMORY_BLOCK }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,6 +114,15 @@ mod tests {
         assert_eq!(ram(512 * MIB), [(0, 512 * MIB)]);
         assert_eq!(ram(LOW_RAM_END), [(0, LOW_RAM_END)]);
         assert_eq!(ram(LOW_RAM_END + MIB), [(0, LOW_RAM_END), (HIGH_RAM, MIB)]);
+    }
+
+    #[test]
+    fn memory_is_plugged_beyond_all_ram() {
+        assert_eq!(hotplug(256 * MIB, 4096 * MIB), HIGH_RAM..2 * HIGH_RAM);
+        assert_eq!(hotplug(LOW_RAM_END, MIB).start, HIGH_RAM);
+        assert_eq!(hotplug(LOW_RAM_END + MIB, MIB).start, HIGH_RAM + 2048 * MIB);
+        assert_eq!(memory_block(256 * MIB), 128 * MIB);
+        assert_eq!(memory_block(63 * 1024 * MIB), 2048 * MIB);
     }
 
     #[test]

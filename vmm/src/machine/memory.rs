@@ -1,4 +1,5 @@
-//! Guest memory: one sealed memfd per region, mapped shared, since husk-fs maps it too.
+//! Guest memory: one sealed memfd per region, mapped shared, since husk-fs maps it too. What can be plugged in later is a region from
+//! the start, of which the guest is shown as much as it was ever asked to plug.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +16,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError,
-    GuestRegionMmap, MemoryRegionAddress,
+    GuestRegionMmap,
 };
 
 use super::layout;
@@ -60,12 +61,20 @@ pub(crate) const HUGE_PAGE: u64 = 2 << 20;
 
 /// Makes `len` bytes of guest memory; nothing of it is there before it is touched.
 pub(crate) fn create(len: u64) -> Result<Arc<GuestMemory>, MemoryError> {
-    let regions = layout::ram(len).into_iter().map(|(address, len)| {
-        let file = memory_file(len).map_err(|source| MemoryError::File { len, source })?;
-        map(file, address, len).map_err(|source| MemoryError::Map { address, source })
-    });
+    let regions = layout::ram(len).into_iter().map(|(address, len)| region(address, len));
     let regions = regions.collect::<Result<_, MemoryError>>()?;
     GuestMemory::from_regions(regions).map(Arc::new).map_err(MemoryError::Regions)
+}
+
+/// The same memory and a region for what is plugged in later.
+pub(crate) fn with_hotplug(memory: &GuestMemory, hotplug: &Range<u64>) -> Result<Arc<GuestMemory>, MemoryError> {
+    let region = region(hotplug.start, hotplug.end - hotplug.start)?;
+    memory.insert_region(Arc::new(region)).map(Arc::new).map_err(MemoryError::Regions)
+}
+
+fn region(address: u64, len: u64) -> Result<GuestRegionMmap, MemoryError> {
+    let file = memory_file(len).map_err(|source| MemoryError::File { len, source })?;
+    map(file, address, len).map_err(|source| MemoryError::Map { address, source })
 }
 
 /// Maps a region for as long as the process lives, at a multiple of the huge page, so that KVM can map huge pages of it to the guest.
@@ -149,25 +158,36 @@ pub(crate) fn worth_huge(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
     parts
 }
 
-/// Shows the memory to the guest.
+/// Shows all of the memory to the guest, in slots from 0 on; returns the first slot that is free.
 ///
 /// The caller keeps `memory` for as long as the VM lives.
-pub(crate) fn attach(vm: &VmFd, memory: &GuestMemory) -> Result<(), MemoryError> {
-    for (slot, region) in memory.iter().enumerate() {
-        let address = region.start_addr().raw_value();
-        let failed = |source| MemoryError::Slot { address, source };
-        let host = region.get_host_address(MemoryRegionAddress(0)).map_err(|e| failed(io::Error::other(e)))?;
-        let region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            guest_phys_addr: address,
-            memory_size: region.len(),
-            userspace_addr: host as u64,
-            flags: 0,
-        };
-        // SAFETY: the range is the whole of a mapping that outlives the VM, as the caller warrants, and overlaps no other slot.
-        unsafe { vm.set_user_memory_region(region) }.map_err(|e| failed(e.into()))?;
+pub(crate) fn attach(vm: &VmFd, memory: &GuestMemory) -> Result<u32, MemoryError> {
+    let mut slot = 0;
+    for region in memory.iter() {
+        let start = region.start_addr().raw_value();
+        show(vm, slot, memory, start..start + region.len())?;
+        slot += 1;
     }
-    Ok(())
+    Ok(slot)
+}
+
+/// Shows a part of one region to the guest, in a slot that is free, by which the guest has no memory there yet.
+///
+/// The caller keeps `memory` for as long as the VM lives.
+pub(crate) fn show(vm: &VmFd, slot: u32, memory: &GuestMemory, part: Range<u64>) -> Result<(), MemoryError> {
+    let address = part.start;
+    let failed = |source| MemoryError::Slot { address, source };
+    let len = part.end - part.start;
+    let slice = memory.get_slice(GuestAddress(address), len as usize).map_err(|e| failed(io::Error::other(e)))?;
+    let region = kvm_userspace_memory_region {
+        slot,
+        guest_phys_addr: address,
+        memory_size: len,
+        userspace_addr: slice.ptr_guard_mut().as_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the range is within a mapping that outlives the VM, as the caller warrants; KVM refuses what overlaps another slot.
+    unsafe { vm.set_user_memory_region(region) }.map_err(|e| failed(e.into()))
 }
 
 #[cfg(test)]
@@ -184,6 +204,19 @@ mod tests {
         assert_eq!(worth_huge(&filled), one(0..2 * page));
         assert_eq!(worth_huge(&one(page..4 * page)), one(page..4 * page));
         assert!(worth_huge(&[]).is_empty());
+    }
+
+    #[test]
+    fn a_region_to_plug_memory_into_costs_nothing() {
+        let boot = create(4 * layout::MIB).unwrap();
+        let hotplug = layout::hotplug(4 * layout::MIB, 1 << 40);
+        let all = with_hotplug(&boot, &hotplug).unwrap();
+        boot.write_obj(7u32, GuestAddress(0x1000)).unwrap();
+        assert_eq!(all.read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 7);
+        all.write_obj(8u32, GuestAddress(hotplug.end - 4)).unwrap();
+        let file = all.iter().last().unwrap().file_offset().unwrap().file();
+        assert_eq!(std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()), 8);
+        assert_eq!((boot.num_regions(), all.num_regions()), (1, 2));
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub(crate) mod layout;
 mod memory;
 mod msr;
 mod saved;
+mod sizing;
 mod vcpu;
 
 use std::io;
@@ -36,6 +37,7 @@ pub(crate) use devices::EventLoop;
 pub(crate) use disks::{DiskError, Disks};
 pub(crate) use ending::{Ending, EndingSubscriber};
 pub(crate) use inherited::Taker;
+pub(crate) use sizing::{ResizeError, Sizing};
 
 use crate::lock::lock;
 use crate::phases::Phases;
@@ -76,13 +78,16 @@ struct Shared {
     disks: Arc<Disks>,
     ending: Arc<Ending>,
     phases: Phases,
+    sizing: Arc<Sizing>,
     /// KVM knows it by address: it must live as long as any vCPU.
-    memory: Arc<GuestMemory>,
+    _memory: Arc<GuestMemory>,
 }
 
 /// What a VM needs that is to be saved.
 struct Saving {
     vm: Arc<VmFd>,
+    /// Without what was plugged in: such a machine is not saved.
+    memory: Arc<GuestMemory>,
     barrier: Arc<Barrier>,
     /// Where each vCPU leaves its state.
     slots: Vec<Slot>,
@@ -176,6 +181,11 @@ impl Running {
         self.shared.disks.clone()
     }
 
+    /// The size of its memory, whatever the vCPUs do.
+    pub(crate) fn sizing(&self) -> Arc<Sizing> {
+        self.shared.sizing.clone()
+    }
+
     /// Stops all vCPUs. If that fails the machine runs on.
     pub(crate) fn pause(self) -> Result<Paused, (Self, PauseError)> {
         self.shared.gate.close();
@@ -208,8 +218,9 @@ impl Paused {
             vcpus: states.collect::<Result<_, SaveError>>()?,
             controllers: Controllers::save(&saving.vm).map_err(SaveError::Controllers)?,
             functions: shared.buses.mmio.pci().save()?,
+            hotplug_mib: shared.sizing.figures().hotplug,
         };
-        let sum = husk_snapshot::memory::save(&shared.memory, &saving.files.memory)?;
+        let sum = husk_snapshot::memory::save(&saving.memory, &saving.files.memory)?;
         husk_snapshot::write_state(&mut saving.files.state, &state, sum)?;
         Ok(sum.len)
     }

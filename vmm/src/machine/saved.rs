@@ -18,6 +18,8 @@ pub(crate) struct MachineState {
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) controllers: Controllers,
     pub(crate) functions: Vec<FunctionState>,
+    /// Memory that can be plugged in, of which the guest knows; none of it is plugged.
+    pub(crate) hotplug_mib: u64,
 }
 
 /// Where a paused vCPU leaves its state.

@@ -126,6 +126,11 @@ impl Buffers {
         self.len == 0
     }
 
+    /// Address and length of each buffer, for a device to which the place itself is what matters.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u32)> {
+        self.list.iter().map(|buffer| (buffer.address.0, buffer.len))
+    }
+
     /// Copies bytes from `offset` on out of the buffers.
     pub fn read_at(&self, memory: &GuestMemory, offset: usize, data: &mut [u8]) -> Result<(), ChainError> {
         let needs = offset.saturating_add(data.len());

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 use event_manager::EventSet;
 use husk_backend::stream::Transfer;
@@ -16,6 +17,7 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use crate::interrupt::Interrupt;
 use crate::queue::{QueueError, VirtQueue};
 use crate::served::{AttachError, Attached, Model, Served};
 
@@ -213,7 +215,7 @@ impl Model for Net {
         self.readable = true;
     }
 
-    fn start(&mut self, features: u64) -> Result<(), io::Error> {
+    fn start(&mut self, features: u64, _interrupt: &Arc<dyn Interrupt>) -> Result<(), io::Error> {
         let has = |bit: u32| features & (1 << bit) != 0;
         self.mergeable = has(VIRTIO_NET_F_MRG_RXBUF);
         let Some(tap) = &self.tap else { return Ok(()) };

@@ -26,9 +26,10 @@ fn setup(name: &str, features: u64) -> Option<World> {
     let memory = memory();
     let (tap, wire) = tap(name)?;
     let mut net = Net::new(Some(tap), [2, 0, 0, 0, 0, 1], 1500);
-    net.start(features).unwrap();
     let drivers = [0x10000, 0x20000].map(|base| Driver::new(&memory, base, 256));
     let counts = Arc::new(Counts::default());
+    let interrupt: Arc<dyn Interrupt> = counts.clone();
+    net.start(features, &interrupt).unwrap();
     let queues = (0..)
         .zip(&drivers)
         .map(|(index, driver)| VirtQueue::new(index, driver.queue(true), memory.clone(), counts.clone()))

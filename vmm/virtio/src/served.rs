@@ -51,8 +51,8 @@ pub(crate) trait Model: Send + 'static {
     }
     /// A watched descriptor is ready.
     fn host_event(&mut self, _events: EventSet) {}
-    /// The driver is ready; `serve` follows.
-    fn start(&mut self, _features: u64) -> Result<(), std::io::Error> {
+    /// The driver is ready; `serve` follows. `interrupt` is for configuration changes; queues have their own.
+    fn start(&mut self, _features: u64, _interrupt: &Arc<dyn Interrupt>) -> Result<(), std::io::Error> {
         Ok(())
     }
     /// The driver reset the device.
@@ -124,7 +124,7 @@ impl<M: Model> Served<M> {
                     }
                 }
                 self.started = true;
-                match self.model.start(running.features) {
+                match self.model.start(running.features, &running.interrupt) {
                     Ok(()) => self.state = State::Running(running),
                     Err(error) => {
                         tracing::error!(device = M::NAME, %error, "could not start the device");

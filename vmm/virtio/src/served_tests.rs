@@ -9,8 +9,9 @@ use husk_backend::sink::Sink;
 
 use super::*;
 use crate::VirtioPciFunction;
+use crate::device::GuestMemory;
 use crate::interrupt::PciFunction;
-use crate::testing::{Driver, FakeMachine, FakeVector, WRITE, memory};
+use crate::testing::{Driver, FakeMachine, FakeVector, WRITE, blocks, memory, memory_in_files};
 
 struct World {
     function: VirtioPciFunction,
@@ -21,7 +22,10 @@ struct World {
 
 impl World {
     fn new(attached: Attached, queues: usize) -> Self {
-        let memory = memory();
+        Self::with_memory(attached, queues, memory())
+    }
+
+    fn with_memory(attached: Attached, queues: usize, memory: Arc<GuestMemory>) -> Self {
         let machine = Arc::new(FakeMachine::default());
         let function = VirtioPciFunction::new(attached.device, machine.clone(), 0xd000_0000, memory.clone()).unwrap();
         let mut events = EventManager::new().unwrap();
@@ -177,4 +181,34 @@ fn what_the_console_prints_arrives() {
     let mut got = [0; 12];
     read.read_exact(&mut got).unwrap();
     assert_eq!(&got, b"hello world\n");
+}
+
+#[test]
+fn pages_reported_free_go_back_before_the_report_is_answered() {
+    let memory = memory_in_files(&[(0, 4 << 20), (16 << 20, 4 << 20)]);
+    let mut world = World::with_memory(crate::balloon::Balloon::attach().unwrap(), 3, memory.clone());
+    world.start();
+    // Once, so that the rings' own pages are there.
+    world.queues[2].add(&[(0, 4096, WRITE)]);
+    world.kick(2);
+    world.run();
+    assert!(world.queues[2].used().is_some());
+    let driver = &mut world.queues[2];
+    driver.write(0x100000, &[1; 3 << 20]);
+    driver.write(16 << 20, &[1; 4 << 20]);
+    let before = blocks(&memory);
+    driver.add(&[(0x200000, 1 << 20, WRITE), (17 << 20, 2 << 20, WRITE)]);
+    // The end of a region, and one that a driver may only read from: that is no report.
+    driver.add(&[(19 << 20, 1 << 20, WRITE)]);
+    driver.add(&[(0x100000, 4096, 0)]);
+    world.kick(2);
+    world.run();
+    assert_eq!(blocks(&memory), [before[0] - (1 << 20), before[1] - (3 << 20)]);
+    assert_eq!(std::iter::from_fn(|| world.queues[2].used()).count(), 3);
+    assert_eq!(world.queues[2].read(0x100000, 1), [1]);
+    // Beyond guest memory: the driver broke its queue.
+    world.queues[2].add(&[(19 << 20, 2 << 20, WRITE)]);
+    world.kick(2);
+    world.run();
+    assert_eq!(world.status(), 15 | 0x40);
 }

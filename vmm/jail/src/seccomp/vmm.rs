@@ -5,6 +5,7 @@ use super::{Allowed, any, only};
 const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
 const KVM_GET_SREGS: u64 = 0x8138_ae83;
+const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_SET_GSI_ROUTING: u64 = 0x4008_ae6a;
 const KVM_IRQFD: u64 = 0x4020_ae76;
@@ -114,18 +115,19 @@ pub(super) const CONTROL: &[Allowed] = &[
         libc::SYS_ioctl,
         1,
         &[
-            KVM_GET_CLOCK,   // the guest's clock over a pause
-            KVM_SET_CLOCK,   // the same
-            KVM_GET_IRQCHIP, // a snapshot
-            KVM_IOEVENTFD,   // a disk is taken away: its doorbells
-            KVM_IRQFD,       // the same: its vectors
-            BLKSSZGET,       // a disk's block sizes
-            BLKPBSZGET,      // the same
-            BLKDISCARD,      // what disks' threads do
-            BLKZEROOUT,      // the same
-            libc::FIONBIO,   // non-blocking mode
+            KVM_GET_CLOCK,              // the guest's clock over a pause
+            KVM_SET_CLOCK,              // the same
+            KVM_GET_IRQCHIP,            // a snapshot
+            KVM_SET_USER_MEMORY_REGION, // memory that is plugged in
+            KVM_IOEVENTFD,              // a disk is taken away: its doorbells
+            KVM_IRQFD,                  // the same: its vectors
+            BLKSSZGET,                  // a disk's block sizes
+            BLKPBSZGET,                 // the same
+            BLKDISCARD,                 // what disks' threads do
+            BLKZEROOUT,                 // the same
+            libc::FIONBIO,              // non-blocking mode
         ],
-        "pause, resume and save, disks, the socket",
+        "pause, resume and save, memory, disks, the socket",
     ),
     any(libc::SYS_getsockopt, "the socket's peer and error"),
     any(libc::SYS_getsockname, "the runtime"),

@@ -3,13 +3,15 @@
 mod back_end;
 mod tap;
 
+use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::device::GuestMemory;
@@ -25,6 +27,22 @@ pub(crate) const INDIRECT: u16 = 4;
 /// Guest memory of 4 MiB at address 0.
 pub(crate) fn memory() -> Arc<GuestMemory> {
     Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap())
+}
+
+/// Guest memory whose regions (address and length) are files, as a machine's are.
+pub(crate) fn memory_in_files(regions: &[(u64, usize)]) -> Arc<GuestMemory> {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    let regions = regions.iter().map(|(address, len)| {
+        let file = File::from(memfd_create(c"memory", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(*len as u64).unwrap();
+        (GuestAddress(*address), *len, Some(FileOffset::new(file, 0)))
+    });
+    Arc::new(GuestMemory::from_ranges_with_files(regions).unwrap())
+}
+
+/// Bytes that the host has for each of those regions.
+pub(crate) fn blocks(memory: &GuestMemory) -> Vec<u64> {
+    memory.iter().map(|region| region.file_offset().unwrap().file().metadata().unwrap().blocks() * 512).collect()
 }
 
 /// The driver's side of a queue. Its rings take less than 64 KiB from `base` on.

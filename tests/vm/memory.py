@@ -1,0 +1,156 @@
+"""Memory that is plugged in and out while the guest runs, and memory that goes back to the host when the guest frees it."""
+
+import contextlib
+import os
+import pathlib
+import re
+import tempfile
+import time
+
+from .files import husk_fs, share
+from .machine import machine
+from .snapshot import ask, restored, saved
+
+INVALID_ARGUMENT, FAILED_PRECONDITION = 3, 9
+JAIL = dict(uid=64123, gid=64123)
+# As the shim asks for: most of what is plugged can be unplugged again, the kernel gets its share.
+POLICY = "swiotlb=noforce memory_hotplug.online_policy=auto-movable"
+
+
+def wait_for(what, condition, limit=30):
+    """Waits until `condition()` is true, which nothing tells by an event of its own. What it gave, and how long it took."""
+    start = time.monotonic()
+    while not (value := condition()):
+        if time.monotonic() - start > limit:
+            raise TimeoutError(f"waited {limit} s for {what}")
+        time.sleep(0.02)
+    return value, time.monotonic() - start
+
+
+def tell(vm, command):
+    """What the guest answers to a command, as text."""
+    with vm.dial_guest(1024) as connection:
+        connection.sendall(command.encode())
+        return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+
+def total(vm):
+    """MiB that the guest's kernel has."""
+    return int(re.search(r"MemTotal: +(\d+)", tell(vm, "read /proc/meminfo"))[1]) >> 10
+
+
+def touched(vm):
+    """MiB of guest memory that the host holds pages for."""
+    folder, held = f"/proc/{vm.process.pid}/fd", 0
+    for name in os.listdir(folder):
+        if os.readlink(f"{folder}/{name}").startswith("/memfd:guest-memory"):
+            held += os.stat(f"{folder}/{name}").st_blocks * 512
+    return held >> 20
+
+
+def plug(vm, mib):
+    """Has the guest plug or unplug; its kernel's total follows, less what describes the memory itself (1/64). The seconds it took."""
+    boot = vm.memory()[0]
+    start = time.monotonic()
+    assert vm.resize(mib) == mib, (vm.memory(), vm.said())
+    answered = time.monotonic() - start
+    # The last block is in use a moment after it is plugged.
+    wanted = range((boot + mib) * 15 // 16 - 32, boot + mib + 1)
+    has, more = wait_for(f"{boot} + {mib} MiB in the guest", lambda: (has := total(vm)) in wanted and has)
+    print(f"{mib} MiB plugged: answered in {answered * 1e3:.0f} ms, in use after {(answered + more) * 1e3:.0f} ms; "
+          f"the guest has {has} MiB, {touched(vm)} MiB touched", flush=True)
+    assert vm.memory()[2:] == (mib, mib)
+
+
+@contextlib.contextmanager
+def grown(**shape):
+    """A VM of 256 MiB with a region of 16 GiB, whose guest waits for the host."""
+    with machine("template", cmdline=POLICY, memory_mib=256, hotplug_mib=16384, jail=JAIL, **shape) as vm:
+        vm.until("waiting")
+        assert vm.memory() == (256, 16384, 0, 0)
+        yield vm
+
+
+def test_grows_and_shrinks():
+    """A guest of two vCPUs and a file system grows by steps from 256 MiB to 2 GiB and back; what it used goes back to the host."""
+    with share() as root, husk_fs(root) as (connection, process), grown(vcpus=2, fs_socket=connection) as vm:
+        print(f"{touched(vm)} MiB touched at the start", flush=True)
+        for mib in (256, 768, 1792):
+            plug(vm, mib)
+        tell(vm, "hold 1200")
+        assert touched(vm) > 1200
+        # What is in use is not taken; the guest goes on trying.
+        assert vm.resize(0) > 900, vm.memory()
+        tell(vm, "hold 0")
+        plug(vm, 1792)
+        plug(vm, 256)
+        _, took = wait_for("memory to come back", lambda: touched(vm) < 256 + 256)
+        print(f"{touched(vm)} MiB touched {took * 1e3:.0f} ms later", flush=True)
+        # Into memory that is plugged, husk-fs reads and writes as into any other.
+        (root / "question").write_text("6 x 9")
+        plug(vm, 1024)
+        tell(vm, "hold 900")
+        tell(vm, "files")
+        assert (root / "volume/answer").read_text() == "42"
+        tell(vm, "off")
+        assert vm.exit() == 0, vm.said()
+        assert process.wait(20) == 0
+
+
+def test_freed_memory_goes_back():
+    """A guest that frees 512 MiB gives them back by itself, of the memory it booted with and of what was plugged."""
+    with machine("template", cmdline=POLICY, memory_mib=768, hotplug_mib=1024, jail=JAIL) as vm:
+        vm.until("waiting")
+        for plugged in (0, 768):
+            plug(vm, plugged)
+            wait_for("the guest to come to rest", lambda: touched(vm) < 100)
+            before = touched(vm)
+            tell(vm, f"hold {512 + plugged}")
+            assert touched(vm) > before + 500 + plugged
+            tell(vm, "hold 0")
+            _, took = wait_for("freed memory to come back", lambda: touched(vm) < before + 40)
+            print(f"{512 + plugged} MiB came back within {took:.1f} s; {touched(vm)} MiB touched, {before} before", flush=True)
+        tell(vm, "off")
+        assert vm.exit() == 0, vm.said()
+
+
+def test_grows_after_restore():
+    """A template whose region is empty is restored twice; each grows, shrinks and gives memory back. Its memory file holds no region."""
+    with saved(vcpus=2, hotplug_mib=16384, cmdline=POLICY) as folder:
+        assert (folder / "memory").stat().st_size == 128 << 20
+        for _ in range(2):
+            with share() as root, husk_fs(root) as (connection, _), \
+                    restored(folder, vcpus=2, hotplug_mib=16384, fs_socket=connection) as vm:
+                assert len(ask(vm, "again")) == 2
+                print(f"{touched(vm)} MiB touched after the restore", flush=True)
+                plug(vm, 768)
+                tell(vm, "hold 600")
+                tell(vm, "hold 0")
+                plug(vm, 0)
+                wait_for("memory to come back", lambda: touched(vm) < 100)
+                tell(vm, "off")
+                assert vm.exit() == 0, vm.said()
+        with restored(folder, vcpus=2, hotplug_mib=8192, fs=dict(tag="share", request_queues=1)) as vm:
+            assert vm.exit() == 1 and "16384, not 8192 to 8192" in vm.said(), vm.said()
+
+
+def test_refusals():
+    """What can't be resized or saved is refused in words."""
+    with tempfile.TemporaryDirectory() as name, grown(save=pathlib.Path(name)) as vm:
+        assert vm.resize(129 * 128) == -INVALID_ARGUMENT
+        assert vm.resize(1 << 63) == -INVALID_ARGUMENT
+        assert vm.resize(3) == -INVALID_ARGUMENT
+        assert vm.memory() == (256, 16384, 0, 0)
+        plug(vm, 256)
+        assert vm.call("Pause")[0] == 0
+        assert vm.resize(512) == -FAILED_PRECONDITION
+        # A snapshot keeps nothing of what is plugged.
+        code, _ = vm.call("Save")
+        assert code == FAILED_PRECONDITION
+        assert vm.call("Resume")[0] == 0
+        plug(vm, 0)
+    with machine("template") as vm:
+        vm.until("waiting")
+        assert (vm.resize(0), vm.resize(2), vm.memory()) == (0, -INVALID_ARGUMENT, (128, 0, 0, 0))
+    with machine("poweroff", hotplug_mib=100) as vm:
+        assert vm.exit() == 1 and "no multiple of 128" in vm.said(), vm.said()
