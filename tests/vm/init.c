@@ -19,6 +19,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "hostile.h"
+
 static void print_file(const char *label, const char *path) {
     char text[4096] = "";
     int fd = open(path, O_RDONLY);
@@ -179,6 +181,7 @@ int main(void) {
     if (!strncmp(test, "vsock", 5)) talk();
     if (!strncmp(test, "files", 5)) use_files();
     if (!strncmp(test, "disks", 5)) watch_disks();
+    if (!strncmp(test, "hostile", 7)) be_hostile();
     printf("ready\n");
     if (!strncmp(test, "template", 8)) wait_for_host();
     sync();

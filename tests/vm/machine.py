@@ -32,7 +32,7 @@ def kernel():
 def initramfs():
     """The tests' own, made once."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="husk-test-"))
-    subprocess.run(["gcc", "-O2", "-static", "-Wall", "-o", folder / "init", HERE / "init.c"], check=True)
+    subprocess.run(["gcc", "-O2", "-static", "-Wall", "-o", folder / "init", HERE / "init.c", HERE / "hostile.c"], check=True)
     builder = HERE.parent.parent / "guest-image/initramfs.py"
     subprocess.run([sys.executable, builder, folder / "init", folder / "initramfs"], check=True)
     return str(folder / "initramfs")
@@ -179,7 +179,7 @@ class Vm:
 
     def resize(self, plugged_mib):
         """Asks the guest to have so much plugged: MiB that it has then, or the status code below zero."""
-        code, response = self.call("ResizeMemory", bytes([8]) + varint(plugged_mib))
+        code, response = self.call("ResizeMemory", number(1, plugged_mib))
         return -code if code else dict(fields(response)).get(1, 0)
 
     def accept(self, limit=100):

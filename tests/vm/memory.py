@@ -43,8 +43,10 @@ def touched(vm):
     """MiB of guest memory that the host holds pages for."""
     folder, held = f"/proc/{vm.process.pid}/fd", 0
     for name in os.listdir(folder):
-        if os.readlink(f"{folder}/{name}").startswith("/memfd:guest-memory"):
-            held += os.stat(f"{folder}/{name}").st_blocks * 512
+        # Others than those of memory come and go.
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"{folder}/{name}").startswith("/memfd:guest-memory"):
+                held += os.stat(f"{folder}/{name}").st_blocks * 512
     return held >> 20
 
 
@@ -72,44 +74,41 @@ def grown(**shape):
 
 
 def test_grows_and_shrinks():
-    """A guest of two vCPUs and a file system grows by steps from 256 MiB to 2 GiB and back; what it used goes back to the host."""
+    """A guest of two vCPUs and a file system grows by steps from 256 MiB to 2 GiB, uses files there, and shrinks back."""
     with share() as root, husk_fs(root) as (connection, process), grown(vcpus=2, fs_socket=connection) as vm:
         print(f"{touched(vm)} MiB touched at the start", flush=True)
         for mib in (256, 768, 1792):
             plug(vm, mib)
-        tell(vm, "hold 1200")
-        assert touched(vm) > 1200
-        # What is in use is not taken; the guest goes on trying.
-        assert vm.resize(0) > 900, vm.memory()
-        tell(vm, "hold 0")
-        plug(vm, 1792)
-        plug(vm, 256)
-        _, took = wait_for("memory to come back", lambda: touched(vm) < 256 + 256)
-        print(f"{touched(vm)} MiB touched {took * 1e3:.0f} ms later", flush=True)
         # Into memory that is plugged, husk-fs reads and writes as into any other.
         (root / "question").write_text("6 x 9")
-        plug(vm, 1024)
-        tell(vm, "hold 900")
         tell(vm, "files")
         assert (root / "volume/answer").read_text() == "42"
+        plug(vm, 256)
+        plug(vm, 0)
         tell(vm, "off")
         assert vm.exit() == 0, vm.said()
         assert process.wait(20) == 0
 
 
 def test_freed_memory_goes_back():
-    """A guest that frees 512 MiB gives them back by itself, of the memory it booted with and of what was plugged."""
-    with machine("template", cmdline=POLICY, memory_mib=768, hotplug_mib=1024, jail=JAIL) as vm:
+    """Memory that a guest frees goes back to the host by itself, whether it booted with it or it was plugged; what it uses stays."""
+    # In the test host a guest takes 20 MiB a second: a page's first touch is a nested fault.
+    with machine("template", cmdline=POLICY, memory_mib=192, hotplug_mib=1024, jail=JAIL) as vm:
         vm.until("waiting")
-        for plugged in (0, 768):
+        for plugged in (0, 256):
             plug(vm, plugged)
-            wait_for("the guest to come to rest", lambda: touched(vm) < 100)
             before = touched(vm)
-            tell(vm, f"hold {512 + plugged}")
-            assert touched(vm) > before + 500 + plugged
+            tell(vm, "hold 100")
+            assert touched(vm) >= before + 90
             tell(vm, "hold 0")
-            _, took = wait_for("freed memory to come back", lambda: touched(vm) < before + 40)
-            print(f"{512 + plugged} MiB came back within {took:.1f} s; {touched(vm)} MiB touched, {before} before", flush=True)
+            _, took = wait_for("freed memory to come back", lambda: touched(vm) < before + 20)
+            print(f"100 MiB came back within {took:.1f} s; {touched(vm)} MiB touched, {before} before", flush=True)
+        # What is in use is not unplugged, and the guest lives on with it.
+        tell(vm, "hold 200")
+        assert vm.resize(0) > 60, (vm.memory(), vm.said())
+        assert touched(vm) > 200
+        tell(vm, "hold 0")
+        plug(vm, 0)
         tell(vm, "off")
         assert vm.exit() == 0, vm.said()
 
@@ -123,11 +122,11 @@ def test_grows_after_restore():
                     restored(folder, vcpus=2, hotplug_mib=16384, fs_socket=connection) as vm:
                 assert len(ask(vm, "again")) == 2
                 print(f"{touched(vm)} MiB touched after the restore", flush=True)
-                plug(vm, 768)
-                tell(vm, "hold 600")
+                plug(vm, 384)
+                tell(vm, "hold 100")
                 tell(vm, "hold 0")
+                wait_for("memory to come back", lambda: touched(vm) < 80)
                 plug(vm, 0)
-                wait_for("memory to come back", lambda: touched(vm) < 100)
                 tell(vm, "off")
                 assert vm.exit() == 0, vm.said()
         with restored(folder, vcpus=2, hotplug_mib=8192, fs=dict(tag="share", request_queues=1)) as vm:
@@ -154,3 +153,22 @@ def test_refusals():
         assert (vm.resize(0), vm.resize(2), vm.memory()) == (0, -INVALID_ARGUMENT, (128, 0, 0, 0))
     with machine("poweroff", hotplug_mib=100) as vm:
         assert vm.exit() == 1 and "no multiple of 128" in vm.said(), vm.said()
+
+
+def test_hostile_driver():
+    """A driver that asks for what it may not have, with buffers where no memory is plugged, gets refusals and no memory."""
+    with machine("hostile", memory_mib=128, hotplug_mib=1024, jail=JAIL) as vm:
+        vm.until("waiting")
+        # It does what it likes; nobody waits for it here.
+        vm.resize(128)
+        vm.until("done")
+        said = dict(line.split(": ") for line in vm.lines if ": " in line)
+        assert said["before"] == "3 3 0" and said["usable"] == "64", vm.said()
+        assert said["wrong"] == " ".join(["3"] * 10), vm.said()
+        assert said["plugged"] == "0 3 3" and said["unplugged"] == "3 0 3 3", vm.said()
+        assert said["elsewhere"] == "3 77" and said["out of memory"] == "99", vm.said()
+        assert said["with it"] == "status 0xf" and said["rings elsewhere"] == "status 0xf", vm.said()
+        # Without the feature, and for a buffer that is nowhere, the device asks for a reset.
+        assert [line for line in vm.lines if line.startswith("then")] == ["then: status 0x4f"] * 2, vm.said()
+        assert vm.memory() == (128, 1024, 128, 124), vm.memory()
+        assert vm.exit() == 0, vm.said()

@@ -13,8 +13,10 @@ pub(crate) fn fixed(config: &Config) -> String {
     let quick = "swiotlb=noforce pci=lastbus=0,noearly rcupdate.rcu_expedited=1";
     // The kernel's drivers of virtual interfaces are for pods that want some: none by themselves.
     let bare = "dummy.numdummies=0";
+    // Of memory that is plugged in, three parts can be unplugged again for one that the kernel may use for itself (vmm/docs/memory-map.md).
+    let memory = "memory_hotplug.online_policy=auto-movable";
     let fixed = "panic=-1 reboot=t init=/init tsc=reliable no_timer_check random.trust_cpu=on";
-    let line = format!("{console} {fixed} {bare} {quick} {}", config.kernel_parameters.trim());
+    let line = format!("{console} {fixed} {bare} {memory} {quick} {}", config.kernel_parameters.trim());
     line.trim_end().to_owned()
 }
 

@@ -1,0 +1,2 @@
+/* See hostile.c. */
+void be_hostile(void);
