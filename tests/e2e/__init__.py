@@ -8,12 +8,12 @@ from harness.containerd import Containerd, installed
 
 
 @contextlib.contextmanager
-def environment(logs, binaries, images):
+def environment(logs, binaries, images, **options):
     """containerd, for the length of the run."""
     missing = installed()
     if missing:
         sys.exit(f"tests: not installed here: {', '.join(missing)} (see tests/packages)")
-    containerd = Containerd(logs, binaries, images)
+    containerd = Containerd(logs, binaries, images, **options)
     containerd.start()
     try:
         containerd.load("pause", "busybox")

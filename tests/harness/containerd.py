@@ -32,7 +32,12 @@ state = "/run/husk-test/state"
   [plugins."{cri}".containerd.runtimes.husk]
     runtime_type = "io.containerd.husk.v2"
     pod_annotations = ["io.husk.*"]
-{sandbox}"""
+{sandbox}{more}"""
+
+# A further runtime, by its handler.
+RUNTIME = """  [plugins."{cri}".containerd.runtimes.{handler}]
+    runtime_type = "{type}"
+"""
 
 # husk by the Sandbox API, without a pause container: containerd 2.
 SANDBOX = """  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-sandbox]
@@ -81,11 +86,12 @@ def needs(major):
 class Containerd:
     """The daemon; `log` is what it and the shims say."""
 
-    def __init__(self, logs, binaries, images, state_on_disk=False):
+    def __init__(self, logs, binaries, images, state_on_disk=False, runtimes=None):
         self.log = pathlib.Path(logs) / "containerd.log"
         self.binaries = binaries
         self.images = images
         self.state_on_disk = state_on_disk
+        self.runtimes = runtimes or {}
         self.process = None
 
     def start(self):
@@ -95,7 +101,9 @@ class Containerd:
         self._disk("/var/lib/containerd/husk-test")
         pathlib.Path("/run/husk-test/cni/10-husk.conflist").write_text(json.dumps(NETWORK))
         config = pathlib.Path("/run/husk-test/config.toml")
-        config.write_text(CONFIG.format(socket=SOCKET, **(CONFIG_2 if version() >= (2, 0) else CONFIG_1)))
+        form = CONFIG_2 if version() >= (2, 0) else CONFIG_1
+        more = "".join(RUNTIME.format(cri=form["cri"], handler=handler, type=kind) for handler, kind in self.runtimes.items())
+        config.write_text(CONFIG.format(socket=SOCKET, more=more, **form))
         pathlib.Path(CLIENT_CONFIG).write_text(f"runtime-endpoint: unix://{SOCKET}\nimage-endpoint: unix://{SOCKET}\ntimeout: 60\n")
         ready = "/run/husk-test/ready.sock"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
