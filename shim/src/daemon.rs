@@ -1,12 +1,9 @@
 //! The shim's daemon: one a pod. It serves containerd until the pod is gone.
 
 use std::io;
-use std::os::fd::FromRawFd;
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Duration;
 
-use containerd_shim::Flags;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
 use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
@@ -16,9 +13,7 @@ use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-use crate::config::{Config, ConfigError};
-use crate::id::{Id, IdError};
-use crate::launch::LISTENER_FD;
+use crate::launch::Daemon;
 use crate::pod::{Pod, Surroundings};
 use crate::service::events::Publisher;
 use crate::service::services;
@@ -30,12 +25,6 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// Why the daemon could not serve.
 #[derive(Debug, Error)]
 pub(crate) enum DaemonError {
-    /// The id.
-    #[error(transparent)]
-    Id(#[from] IdError),
-    /// The configuration.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
     /// Its mount namespace.
     #[error("cannot make the shim's own mount namespace")]
     Namespace(#[source] nix::Error),
@@ -48,42 +37,33 @@ pub(crate) enum DaemonError {
         #[source]
         source: io::Error,
     },
-    /// No address for events.
-    #[error("TTRPC_ADDRESS, containerd's address for events, is not set")]
-    NoEvents,
     /// Its service.
     #[error("cannot serve containerd")]
     Serve(#[source] ttrpc::Error),
 }
 
-/// Runs the daemon on the socket that the `start` action left on descriptor 3. Must be called before the process has threads.
-pub(crate) fn run(flags: &Flags) -> Result<(), DaemonError> {
-    let id = Id::parse(&flags.id)?;
-    let config = Config::load()?;
-    let level = if flags.debug { "debug" } else { config.log_level.as_str() };
-    logging::init(Path::new("."), &id, level);
-    let served = serve(flags, id, config);
+/// Runs the daemon in the process that the `start` action left. Must be called before the process has threads.
+pub(crate) fn run(daemon: Daemon) -> Result<(), DaemonError> {
+    let level = if daemon.debug { "debug" } else { daemon.config.log_level.as_str() };
+    logging::init(Path::new("."), &daemon.id, level);
+    let served = serve(daemon);
     if let Err(error) = &served {
         tracing::error!("the shim ends: {}", error::chain(error));
     }
     served
 }
 
-fn serve(flags: &Flags, id: Id, config: Config) -> Result<(), DaemonError> {
+fn serve(daemon: Daemon) -> Result<(), DaemonError> {
     let failed = |doing| move |source| DaemonError::Io { doing, source };
     own_mount_namespace().map_err(DaemonError::Namespace)?;
     // The bundle may be removed while the daemon still runs.
     std::env::set_current_dir("/").map_err(failed("change to /"))?;
-    let events = std::env::var("TTRPC_ADDRESS").map_err(|_| DaemonError::NoEvents)?;
-    // SAFETY: the start action put the listening socket there for this process; nothing has taken or closed it.
-    let listener = unsafe { UnixListener::from_raw_fd(LISTENER_FD) };
+    let Daemon { id, namespace, events, config, socket, listener, .. } = daemon;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed("start the runtime"))?;
     runtime.block_on(async {
-        let (publisher, publishing) = Publisher::start(&events, &flags.namespace);
-        let around =
-            Surroundings { id, namespace: flags.namespace.clone(), socket: flags.socket.clone(), config, publisher };
-        let pod = Pod::new(around);
+        let (publisher, publishing) = Publisher::start(&events, &namespace);
+        let pod = Pod::new(Surroundings { id, namespace, socket: socket.clone(), config, publisher });
         let listener = Listener::try_from(listener).map_err(failed("listen on the shim's socket"))?;
         let mut server = Server::new().add_listener(listener).register_service(services(&pod));
         server.start().await.map_err(DaemonError::Serve)?;
@@ -105,8 +85,8 @@ fn serve(flags: &Flags, id: Id, config: Config) -> Result<(), DaemonError> {
         if tokio::time::timeout(FAREWELL, publishing).await.is_err() {
             warn!("containerd has not taken the last events");
         }
-        if let Err(error) = std::fs::remove_file(&flags.socket) {
-            warn!("cannot remove the shim's socket {}: {error}", flags.socket);
+        if let Err(error) = std::fs::remove_file(&socket) {
+            warn!("cannot remove the shim's socket {socket}: {error}");
         }
         info!("shim ends");
         Ok(())

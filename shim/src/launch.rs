@@ -1,27 +1,22 @@
 //! The `start` action: finds or starts the shim daemon of the container's pod and tells containerd its address, in whichever way that
-//! containerd understands (1.6 to 2.x).
+//! containerd understands (1.6 to 2.x). The daemon is a fork of the action: what it has read and mapped, the daemon need not again.
 
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
-use command_fds::{CommandFdExt, FdMapping};
 use containerd_shim::bootstrap::{BootstrapParams, BootstrapResult, LogLevel, nearest_log_level};
 use containerd_shim::{Flags, StartOpts};
 use containerd_shim_protos::TASK_API_VERSION;
 use containerd_shim_protos::protobuf::{self, Enum, Message};
+use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, setpgid};
 use thiserror::Error;
 
 use crate::config::{Config, ConfigError};
 use crate::id::{Id, IdError};
 use crate::spec::SpecError;
 use crate::spec::load::{self, Role};
-
-/// The daemon's descriptor of its listening socket.
-pub(crate) const LISTENER_FD: i32 = 3;
 
 /// Largest message on stdin in bytes, as containerd's own shims have it.
 const MAX_INPUT: u64 = 10 << 20;
@@ -78,10 +73,29 @@ enum Protocol {
     Bare,
 }
 
-/// Runs the action: the current directory is the bundle.
-pub(crate) fn start(flags: &Flags) -> Result<(), LaunchError> {
+/// What a daemon begins with.
+pub(crate) struct Daemon {
+    /// The pod's id.
+    pub(crate) id: Id,
+    /// containerd's namespace.
+    pub(crate) namespace: String,
+    /// containerd's address for events.
+    pub(crate) events: String,
+    /// Whether containerd wants everything logged.
+    pub(crate) debug: bool,
+    /// The shim's configuration.
+    pub(crate) config: Config,
+    /// Where it is served.
+    pub(crate) socket: String,
+    /// The same, listening.
+    pub(crate) listener: UnixListener,
+}
+
+/// Runs the action: the current directory is the bundle. Returns twice where it starts a daemon: what that begins with in the daemon's
+/// process, nothing in this one. Must be called before the process has threads.
+pub(crate) fn start(flags: &Flags) -> Result<Option<Daemon>, LaunchError> {
     // What is wrong with the configuration is told here, where containerd shows it.
-    Config::load()?;
+    let config = Config::load()?;
     let mut input = Vec::new();
     let stdin = io::stdin();
     if !stdin.is_terminal() {
@@ -93,13 +107,20 @@ pub(crate) fn start(flags: &Flags) -> Result<(), LaunchError> {
     let address = match role(bundle) {
         Ok(Role::Member(sandbox)) => running_daemon(&options, &Id::parse(&sandbox)?)?,
         // A spec that can't be used is refused by a daemon, at the creation: only there containerd takes the kind of an error.
-        Ok(Role::Sandbox | Role::Single) | Err(_) => start_daemon(&options, &id)?,
+        Ok(Role::Sandbox | Role::Single) | Err(_) => {
+            let (address, daemon) = start_daemon(&options, id, config)?;
+            if daemon.is_some() {
+                return Ok(daemon);
+            }
+            address
+        }
     };
     // containerd 1.6 reads the address from here after its own restart.
     fs::write(bundle.join("address"), &address).map_err(LaunchError::Answer)?;
     let answer = answer(&address, protocol).map_err(|error| LaunchError::Answer(error.into()))?;
     let mut stdout = io::stdout().lock();
-    stdout.write_all(&answer).and_then(|()| stdout.flush()).map_err(LaunchError::Answer)
+    stdout.write_all(&answer).and_then(|()| stdout.flush()).map_err(LaunchError::Answer)?;
+    Ok(None)
 }
 
 /// What the bundle's container is to its pod. A bundle without a spec is that of a sandbox under the Sandbox API, which tells later what it is.
@@ -189,16 +210,43 @@ fn running_daemon(options: &StartOpts, sandbox: &Id) -> Result<String, LaunchErr
     }
 }
 
-/// Starts the daemon. Its socket listens before it even runs, so nobody has to wait for it.
-fn start_daemon(options: &StartOpts, id: &Id) -> Result<String, LaunchError> {
-    let address = options.socket_address(id);
+/// Starts the daemon, and returns its address, twice: with what it begins with in its own process, without in the one that containerd waits
+/// for. Its socket listens before it even runs, so nobody has to wait for it.
+fn start_daemon(options: &StartOpts, id: Id, config: Config) -> Result<(String, Option<Daemon>), LaunchError> {
+    let address = options.socket_address(&id);
     let path = socket_path(&address);
     let listener = listen(&path)?;
-    let spawned = spawn_daemon(options, &path, listener);
-    if spawned.is_err() {
-        let _ = fs::remove_file(&path);
+    // SAFETY: the process has this one thread, so that no lock can be held by another that the child has not.
+    match unsafe { fork() } {
+        Ok(ForkResult::Parent { .. }) => Ok((address, None)),
+        Ok(ForkResult::Child) => {
+            detach().map_err(LaunchError::Daemon)?;
+            let daemon = Daemon {
+                id,
+                namespace: options.namespace.clone(),
+                events: options.ttrpc_address.clone(),
+                debug: options.debug,
+                config,
+                socket: path.display().to_string(),
+                listener,
+            };
+            Ok((address, Some(daemon)))
+        }
+        Err(error) => {
+            let _ = fs::remove_file(&path);
+            Err(LaunchError::Daemon(error.into()))
+        }
     }
-    spawned.map(|()| address)
+}
+
+/// Leaves what the process has of containerd's: its group, and the streams whose end containerd waits for.
+fn detach() -> io::Result<()> {
+    setpgid(Pid::from_raw(0), Pid::from_raw(0))?;
+    let null = fs::File::options().read(true).write(true).open("/dev/null")?;
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    dup2_stderr(&null)?;
+    Ok(())
 }
 
 /// Listens on `path`; a dead shim's socket there is replaced.
@@ -220,25 +268,6 @@ fn listen(path: &Path) -> Result<UnixListener, LaunchError> {
         }
         other => other.map_err(failed("listen on")),
     }
-}
-
-fn spawn_daemon(options: &StartOpts, socket: &Path, listener: UnixListener) -> Result<(), LaunchError> {
-    let mut command = Command::new(std::env::current_exe().map_err(LaunchError::Daemon)?);
-    command
-        .args(["-namespace", &options.namespace, "-id", &options.id, "-address", &options.address])
-        .arg("-socket")
-        .arg(socket)
-        .env("TTRPC_ADDRESS", &options.ttrpc_address)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0);
-    if options.debug {
-        command.arg("-debug");
-    }
-    let mapping = FdMapping { parent_fd: listener.into(), child_fd: LISTENER_FD };
-    command.fd_mappings(vec![mapping]).map_err(|error| LaunchError::Daemon(io::Error::other(error)))?;
-    command.spawn().map(drop).map_err(LaunchError::Daemon)
 }
 
 #[cfg(test)]

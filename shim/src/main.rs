@@ -51,9 +51,11 @@ fn run(flags: &Flags) -> Result<(), String> {
         return print(&info.write_to_bytes().map_err(|error| error.to_string())?);
     }
     match flags.action.as_str() {
-        "start" => launch::start(flags).map_err(|error| error::chain(&error)),
+        "start" => match launch::start(flags).map_err(|error| error::chain(&error))? {
+            Some(daemon) => daemon::run(daemon).map_err(|error| error::chain(&error)),
+            None => Ok(()),
+        },
         "delete" => print(&remove::delete(flags).map_err(|error| error::chain(&error))?),
-        "" => daemon::run(flags).map_err(|error| error::chain(&error)),
         other => Err(format!("unknown action {other:?}: start and delete are possible")),
     }
 }
