@@ -101,6 +101,9 @@ fn mounts() -> Result<(), BootError> {
         Ok(()) | Err(Errno::ENODEV | Errno::ENOENT) => {}
         Err(error) => tracing::warn!("Could not mount securityfs: {error}"),
     }
+    // Memory is compacted when somebody needs it, never in advance: an idle guest would wake up for that twice a second
+    // (Documentation/admin-guide/sysctl/vm.rst, compaction_proactiveness).
+    write("/proc/sys/vm/compaction_proactiveness", "0")?;
     pod_cgroup().map_err(BootError::Cgroup)?;
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
         .map_err(step("raise the limit of open files of", "/init"))
