@@ -23,6 +23,7 @@ kernel_key() {
         sha256sum < "$source"
         kernel_options
         declare -f kernel_build
+        cat "$here/padding.py"
         gcc --version | head -1
         ld --version | head -1
     } | sha256sum | cut -c1-16
@@ -82,6 +83,7 @@ kernel_build() {
     nice make -j"$jobs" vmlinux >> "$log" 2>&1 &
     progress $! "$log" || fail_with_log "make vmlinux"
     strip -o "$work/out/vmlinux" vmlinux
+    python3 "$here/padding.py" "$work/out/vmlinux"
     readelf -n "$work/out/vmlinux" 2> /dev/null | grep -q '^  *Xen' || fail "the kernel has no PVH note (Xen ELF note)"
     cp .config "$work/out/config"
     cp System.map "$work/out/System.map"
