@@ -296,6 +296,31 @@ fn hierarchy(line: &str, relative: &Path) -> Option<Directory> {
     Some(Directory { path: root.join(inside), root, kind })
 }
 
+/// Where the cgroups are that a process's /proc/<pid>/cgroup (cgroups(7)) names.
+pub(crate) fn directories(cgroups: &str) -> Result<Vec<PathBuf>, CgroupError> {
+    let mountinfo = Path::new("/proc/self/mountinfo");
+    let mounts = fs::read_to_string(mountinfo).map_err(failed("read", mountinfo))?;
+    let of_entry = |entry: &str| {
+        let mut parts = entry.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?, parts.next()?.trim_start_matches('/'));
+        mounts.lines().find_map(|line| {
+            let directory = hierarchy(line, Path::new(path))?;
+            let has = |name| line.rsplit(' ').next().is_some_and(|options| options.split(',').any(|one| one == name));
+            let is_it = match directory.kind {
+                Kind::V2 => controllers.is_empty(),
+                Kind::V1 { .. } => !controllers.is_empty() && controllers.split(',').all(has),
+            };
+            is_it.then_some(directory.path)
+        })
+    };
+    Ok(cgroups.lines().filter_map(of_entry).collect())
+}
+
+/// Moves the calling process into the cgroups at these directories.
+pub(crate) fn enter_all(directories: &[PathBuf]) -> Result<(), CgroupError> {
+    directories.iter().try_for_each(|directory| enter(directory))
+}
+
 /// Undoes mountinfo's octal escapes of blanks and backslashes.
 fn unescape(text: &str) -> String {
     text.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")

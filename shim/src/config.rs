@@ -18,6 +18,18 @@ pub(crate) const MIN_MEMORY_MIB: u64 = 64;
 /// Most vCPUs of a guest (husk-vmm's own limit).
 pub(crate) const MAX_VCPUS: u8 = 64;
 
+/// What is done with templates.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Templates {
+    /// They are used, and made in the background for shapes that have none.
+    Auto,
+    /// Those that there are, by `husk template build`, are used.
+    Existing,
+    /// They are not used.
+    Off,
+}
+
 /// Every key, with its default.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, default)]
@@ -46,6 +58,8 @@ pub(crate) struct Config {
     pub(crate) kernel_parameters: String,
     /// Longest time in seconds from the VMM's start to the agent's hello. Default 30.
     pub(crate) hello_timeout_s: u64,
+    /// Whether pods start from templates, and who makes those. Default auto.
+    pub(crate) templates: Templates,
     /// An early serial console, to find out why a guest does not start; slow. Default false.
     pub(crate) serial: bool,
     /// What is logged: error, warn, info, debug or trace. containerd's own debug switch raises it to debug. Default info.
@@ -67,6 +81,7 @@ impl Default for Config {
             vmm_uid_base: 2_000_000_000,
             kernel_parameters: String::new(),
             hello_timeout_s: 30,
+            templates: Templates::Auto,
             serial: false,
             log_level: "info".to_owned(),
         }

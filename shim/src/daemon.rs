@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_shim_protos::ttrpc;
@@ -13,10 +14,12 @@ use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
+use crate::config::Templates;
 use crate::launch::Daemon;
 use crate::pod::{Pod, Surroundings};
 use crate::service::events::Publisher;
 use crate::service::services;
+use crate::template::background::Birthplace;
 use crate::{error, logging};
 
 /// Longest wait for containerd to take the last answers, and then the last events.
@@ -55,6 +58,9 @@ pub(crate) fn run(daemon: Daemon) -> Result<(), DaemonError> {
 
 fn serve(daemon: Daemon) -> Result<(), DaemonError> {
     let failed = |doing| move |source| DaemonError::Io { doing, source };
+    let may_build = daemon.config.templates == Templates::Auto;
+    let birthplace = if may_build { Birthplace::note().map(Some) } else { Ok(None) };
+    let birthplace = birthplace.map_err(failed("note where the shim was born"))?.map(Arc::new);
     own_mount_namespace().map_err(DaemonError::Namespace)?;
     // The bundle may be removed while the daemon still runs.
     std::env::set_current_dir("/").map_err(failed("change to /"))?;
@@ -63,7 +69,7 @@ fn serve(daemon: Daemon) -> Result<(), DaemonError> {
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed("start the runtime"))?;
     runtime.block_on(async {
         let (publisher, publishing) = Publisher::start(&events, &namespace);
-        let pod = Pod::new(Surroundings { id, namespace, socket: socket.clone(), config, publisher });
+        let pod = Pod::new(Surroundings { id, namespace, socket: socket.clone(), config, publisher, birthplace });
         let listener = Listener::try_from(listener).map_err(failed("listen on the shim's socket"))?;
         let mut server = Server::new().add_listener(listener).register_service(services(&pod));
         server.start().await.map_err(DaemonError::Serve)?;

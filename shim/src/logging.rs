@@ -17,6 +17,11 @@ use tracing_subscriber::registry::LookupSpan;
 /// Longest line in bytes: what a pipe takes in one piece (PIPE_BUF, pipe(7)), so that lines of two shims never mix.
 const MAX_LINE: usize = 4096;
 
+/// Sends every later event to stderr.
+pub(crate) fn init_stderr(name: &str, level: &str) {
+    set(None, name, level);
+}
+
 /// Sends every later event to the FIFO `log` in `bundle`.
 pub(crate) fn init(bundle: &Path, pod: &str, level: &str) {
     // Opened for reading too: then it can be opened without containerd, and containerd's restart breaks no pipe.
@@ -26,6 +31,10 @@ pub(crate) fn init(bundle: &Path, pod: &str, level: &str) {
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open(bundle.join("log"))
         .ok();
+    set(fifo, pod, level);
+}
+
+fn set(fifo: Option<File>, pod: &str, level: &str) {
     let outcome = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(level))
         .with_ansi(false)

@@ -18,6 +18,7 @@ mod remove;
 mod service;
 mod spec;
 mod storage;
+mod template;
 mod watch;
 
 use std::io::Write;
@@ -31,7 +32,13 @@ const RUNTIME: &str = "io.containerd.husk.v2";
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    let outcome = containerd_shim::parse(&arguments).map_err(|error| error.to_string()).and_then(|flags| run(&flags));
+    let outcome = match &arguments[..] {
+        [action, request] if action == template::command::ACTION => {
+            let done = template::command::run(&request.to_string_lossy()).map_err(|error| error::chain(&error));
+            done.and_then(|text| print(text.as_bytes()))
+        }
+        _ => containerd_shim::parse(&arguments).map_err(|error| error.to_string()).and_then(|flags| run(&flags)),
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {

@@ -16,6 +16,9 @@ NAMESPACE = "k8s.io"
 CLIENT_CONFIG = "/run/husk-test/crictl.yaml"
 SANDBOXES = f"/run/husk-test/state/io.containerd.sandbox.controller.v1.shim/{NAMESPACE}"
 
+# husk's own configuration in a run of tests.
+TEMPLATES = pathlib.Path("/etc/husk/config.d/00-husk-test.toml")
+
 CONFIG = """version = {format}
 root = "/var/lib/containerd/husk-test"
 state = "/run/husk-test/state"
@@ -99,6 +102,9 @@ class Containerd:
         for folder in ("/run/husk-test/cni", "/var/lib/containerd/husk-test"):
             os.makedirs(folder, exist_ok=True)
         self._disk("/var/lib/containerd/husk-test")
+        # No build in the background, which the tests would take for something left behind.
+        TEMPLATES.parent.mkdir(parents=True, exist_ok=True)
+        TEMPLATES.write_text('templates = "existing"\n')
         pathlib.Path("/run/husk-test/cni/10-husk.conflist").write_text(json.dumps(NETWORK))
         config = pathlib.Path("/run/husk-test/config.toml")
         form = CONFIG_2 if version() >= (2, 0) else CONFIG_1

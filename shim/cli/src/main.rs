@@ -1,7 +1,8 @@
-//! husk, the operator's command: can this machine run husk, what does it run, shell completions.
+//! husk, the operator's command: can this machine run husk, what does it run, templates, shell completions.
 
 mod check;
 mod pods;
+mod templates;
 
 use std::io::Write;
 use std::path::Path;
@@ -50,6 +51,15 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// List, build and remove templates, from which pods start in a fraction of a cold start's time.
+    ///
+    /// A template is a virtual machine that was saved once its agent was up; pods of the same size go on from it instead of booting.
+    /// They lie in /var/lib/husk/templates. Nothing has to be done for them: this is for looking and for nodes that are prepared.
+    /// Run it as root.
+    Template {
+        #[command(subcommand)]
+        action: templates::Action,
+    },
     /// Print a shell's completions for this command.
     #[command(after_help = "Example:\n  husk completion bash > /etc/bash_completion.d/husk")]
     Completion {
@@ -78,6 +88,10 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Command::Template { action } => {
+            eprintln!("husk: {}", templates::run(&action));
+            ExitCode::FAILURE
+        }
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "husk", &mut script);

@@ -120,3 +120,13 @@ fn confines_to_cpus_and_takes_it_back() {
         fs::remove_dir(directory.path.parent().unwrap()).unwrap();
     }
 }
+
+#[test]
+fn finds_the_cgroups_of_a_process() {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+    for directory in directories(&own).unwrap() {
+        let processes = std::fs::read_to_string(directory.join("cgroup.procs")).unwrap();
+        assert!(processes.lines().any(|pid| pid == std::process::id().to_string()), "{}", directory.display());
+    }
+    assert!(directories("7:no-such-controller:/x\n").unwrap().is_empty());
+}

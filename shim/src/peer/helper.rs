@@ -104,6 +104,11 @@ impl Helper {
         self.kill.notify_one();
     }
 
+    /// How it ended, if it has.
+    pub(crate) fn status(&self) -> Option<ExitStatus> {
+        *self.ended.borrow()
+    }
+
     /// Waits for its end, however long it lives.
     pub(crate) async fn ended(&self) -> ExitStatus {
         let mut ended = self.ended.clone();

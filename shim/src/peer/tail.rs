@@ -43,6 +43,13 @@ impl Tail {
         let lines = lines.borrow();
         lines.iter().map(String::as_str).collect::<Vec<_>>().join(" | ")
     }
+
+    /// Waits for a line that holds `text`; false if the source ends without one.
+    pub(crate) async fn until(&self, text: &str) -> bool {
+        let mut lines = self.0.clone();
+        let found = lines.wait_for(|lines| lines.iter().any(|line| line.contains(text))).await;
+        found.is_ok()
+    }
 }
 
 /// Logs and keeps one line.
@@ -114,5 +121,21 @@ mod tests {
         drop(write);
         let last = tail.last(Duration::from_secs(5)).await;
         assert!(last.ends_with("line 99") && !last.contains("line 91"), "{last}");
+    }
+
+    #[tokio::test]
+    async fn waits_for_a_line_or_the_end() {
+        let (read, write) = std::io::pipe().unwrap();
+        let tail = Tail::read(read.into(), "test", true).unwrap();
+        {
+            use std::io::Write;
+            write!(&write, "first\nit is rea").unwrap();
+            assert!(tokio::time::timeout(Duration::from_millis(50), tail.until("ready")).await.is_err());
+            writeln!(&write, "dy").unwrap();
+        }
+        let limit = Duration::from_secs(5);
+        assert!(tokio::time::timeout(limit, tail.until("ready")).await.unwrap());
+        drop(write);
+        assert!(!tokio::time::timeout(limit, tail.until("never")).await.unwrap());
     }
 }

@@ -30,6 +30,12 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// Longest wait for the end of a disk: the VMM itself gives the guest 5 s, and the last request 2 s.
 const DETACH_LIMIT: Duration = Duration::from_secs(10);
 
+/// Longest wait for the vCPUs to stop: the VMM itself gives them 5 s.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// Longest wait for a snapshot to be written, which can be as much as the guest has touched, onto a slow disk.
+const SAVE_LIMIT: Duration = Duration::from_secs(60);
+
 /// What a VM is made of.
 #[derive(Debug)]
 pub(crate) struct Start<'a> {
@@ -41,6 +47,8 @@ pub(crate) struct Start<'a> {
     pub(crate) size: Size,
     /// What it begins from.
     pub(crate) from: Beginning<'a>,
+    /// Where it can be saved to.
+    pub(crate) save: Option<Snapshot>,
     /// The VMM's end of the dial channel.
     pub(crate) dial: OwnedFd,
     /// The connection to husk-fs; none in a VM that is to be saved.
@@ -69,6 +77,28 @@ pub(crate) enum Beginning<'a> {
         /// The kernel command line.
         cmdline: String,
     },
+    /// A VM that was saved.
+    Saved {
+        /// What it is called.
+        name: &'a str,
+        /// Its files, open for reading.
+        files: Snapshot,
+    },
+}
+
+/// The two files of a saved VM.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    /// What is not memory.
+    pub(crate) state: OwnedFd,
+    /// Guest memory.
+    pub(crate) memory: OwnedFd,
+}
+
+impl Snapshot {
+    fn inherit(self, inherited: &mut Inherited) -> config::Snapshot {
+        config::Snapshot { state: inherited.add(self.state), memory: inherited.add(self.memory) }
+    }
 }
 
 /// A network interface.
@@ -115,6 +145,9 @@ impl Vmm {
                 let initramfs = inherited.add(helper::open(initramfs, false, "open the guest's initramfs")?);
                 (origin, config::Start::Boot { kernel, initramfs, cmdline })
             }
+            Beginning::Saved { name, files } => {
+                (format!("template: {name}"), config::Start::Restore(files.inherit(&mut inherited)))
+            }
         };
         let config = VmConfig {
             id: start.id.to_owned(),
@@ -122,7 +155,7 @@ impl Vmm {
             memory_mib: start.size.memory_mib,
             hotplug_mib: 0,
             start: beginning,
-            save: None,
+            save: start.save.map(|files| files.inherit(&mut inherited)),
             kvm: inherited.add(helper::open(Path::new("/dev/kvm"), true, "open KVM")?),
             control: inherited.add(vmm_control),
             dial: inherited.add(start.dial),
@@ -169,6 +202,14 @@ impl Vmm {
         let detached =
             detached.map_err(|error| PeerError::of_call("husk-vmm", "detach a disk", DETACH_LIMIT, error))?;
         Ok(detached.ejected)
+    }
+
+    /// Stops the vCPUs and writes the machine into the files that it was started with; the bytes of memory that are no zeroes.
+    pub(crate) async fn save(&self) -> Result<u64, PeerError> {
+        let paused = self.client.pause(context::with_duration(PAUSE_LIMIT), &Empty::new()).await;
+        paused.map_err(|error| PeerError::of_call("husk-vmm", "pause", PAUSE_LIMIT, error))?;
+        let saved = self.client.save(context::with_duration(SAVE_LIMIT), &Empty::new()).await;
+        Ok(saved.map_err(|error| PeerError::of_call("husk-vmm", "save the machine", SAVE_LIMIT, error))?.memory)
     }
 
     /// The VMM's own start, phase by phase, for the log.

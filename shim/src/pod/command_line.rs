@@ -1,6 +1,6 @@
 //! The guest kernel's command line (Documentation/admin-guide/kernel-parameters.txt). Only the operator's words are added, never a pod's.
 
-use husk_agent_api::NONCE_KEY;
+use husk_agent_api::{NONCE_KEY, TEMPLATE_KEY};
 
 use crate::config::Config;
 use crate::random;
@@ -23,6 +23,11 @@ pub(crate) fn fixed(config: &Config) -> String {
 /// For a pod's own boot.
 pub(crate) fn boot(config: &Config, nonce: &[u8; 16]) -> String {
     format!("{NONCE_KEY}={} {}", random::hex(nonce), fixed(config))
+}
+
+/// For a machine that becomes a template.
+pub(crate) fn template(config: &Config, nonce: &[u8; 16]) -> String {
+    format!("{TEMPLATE_KEY} {}", boot(config, nonce))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! Whatever fails on the way, everything made so far is taken back.
 
 use std::os::fd::OwnedFd;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::ttrpc::Code;
@@ -29,6 +29,8 @@ use crate::spec::load::PodSpec;
 use crate::spec::size::Size;
 use crate::storage::IdMap;
 use crate::storage::idmap::Range;
+use crate::template::background::Birthplace;
+use crate::template::{self, Inputs, Sought};
 
 /// Bytes of entropy that the guest is given (the agent's limit is 512).
 const ENTROPY: usize = 64;
@@ -107,6 +109,8 @@ pub(crate) struct Request<'a> {
     pub(crate) pod: PodSpec,
     /// The machine's size.
     pub(crate) size: Size,
+    /// Where a template may be built, if one may.
+    pub(crate) birthplace: Option<&'a Arc<Birthplace>>,
 }
 
 /// How long each phase took, for the one line that measurements are made from.
@@ -114,9 +118,21 @@ pub(crate) struct Request<'a> {
 struct Phases {
     network: Duration,
     share: Duration,
+    template: Duration,
     vmm: Duration,
     hello: Duration,
     start_pod: Duration,
+}
+
+/// A machine whose pod is started.
+struct Assembled {
+    dial: Dial,
+    agent: Agent,
+    events: Events,
+    /// What it began from, for the log.
+    origin: &'static str,
+    /// The template that is to be built for the next.
+    wanted: Option<Inputs>,
 }
 
 /// Starts a pod's machine.
@@ -126,19 +142,24 @@ pub(crate) async fn boot(request: Request<'_>) -> Result<(Machine, Events), Box<
     let mut held = claim(&request).await?;
     let mut phases = Phases::default();
     match assemble(&request, &programs, &mut held, &mut phases).await {
-        Ok((dial, agent, events)) => {
+        Ok(Assembled { dial, agent, events, origin, wanted }) => {
             let ms = |duration: Duration| duration.as_secs_f64() * 1000.0;
             info!(
-                "pod started vcpus={} memory_mib={} network_ms={:.1} share_ms={:.1} vmm_ms={:.1} hello_ms={:.1} start_pod_ms={:.1} total_ms={:.1}",
+                "pod started start={origin} vcpus={} memory_mib={} network_ms={:.1} share_ms={:.1} template_ms={:.1} vmm_ms={:.1} hello_ms={:.1} start_pod_ms={:.1} total_ms={:.1}",
                 request.size.vcpus,
                 request.size.memory_mib,
                 ms(phases.network),
                 ms(phases.share),
+                ms(phases.template),
                 ms(phases.vmm),
                 ms(phases.hello),
                 ms(phases.start_pod),
                 ms(begun.elapsed()),
             );
+            if let (Some(wanted), Some(birthplace)) = (wanted, request.birthplace.cloned()) {
+                // Not before containerd has its answer.
+                tokio::spawn(async move { template::build_in_background(&wanted, &birthplace) });
+            }
             Ok((Machine::new(held, dial, agent, request.size, request.pod.user_namespace), events))
         }
         Err(error) => {
@@ -183,16 +204,21 @@ async fn assemble(
     programs: &Programs,
     held: &mut Held,
     phases: &mut Phases,
-) -> Result<(Dial, Agent, Events), BootError> {
-    let (network, share) = tokio::join!(connect_network(request), share_files(request, programs, held));
+) -> Result<Assembled, BootError> {
+    let (network, share, sought) = tokio::join!(
+        connect_network(request),
+        share_files(request, programs, held),
+        seek_template(request.config, programs, request.size)
+    );
     let (network, network_took) = network.inspect_err(|error| {
         if error.is_refusal() {
             held.record.netns = None;
         }
     })?;
     let (fs, share_took) = share?;
-    (phases.network, phases.share) = (network_took, share_took);
-    let (netns, taps, network) = match network {
+    let (Sought { found, wanted }, template_took) = sought?;
+    (phases.network, phases.share, phases.template) = (network_took, share_took, template_took);
+    let (netns, taps, mut network) = match network {
         Some(found) => {
             let Prepared { netns, taps, interfaces, routes, rules, neighbours } = found;
             let network = StartPodRequest { interfaces, routes, rules, neighbours, ..Default::default() };
@@ -200,8 +226,23 @@ async fn assemble(
         }
         None => Default::default(),
     };
-    let ends = HostEnds { fs, taps, netns };
-    let PoweredOn { dial, agent, vmm_took, hello_took } = power::on(request, programs, held, ends).await?;
+    // A template has one network interface.
+    let suits = taps.len() == 1;
+    let mut ends = HostEnds { fs: Some(fs), taps, netns };
+    let restored = match found.filter(|_| suits) {
+        Some((template, files)) => power::restore(request, programs, held, &template, files, &mut ends).await?,
+        None => None,
+    };
+    let (origin, powered) = match restored {
+        Some(powered) => {
+            for interface in &mut network.interfaces {
+                interface.device_mac = template::MAC_TEXT.to_owned();
+            }
+            ("template", powered)
+        }
+        None => ("cold", power::boot(request, programs, held, ends).await?),
+    };
+    let PoweredOn { dial, agent, vmm_took, hello_took } = powered;
     (phases.vmm, phases.hello) = (vmm_took, hello_took);
 
     let starting = Instant::now();
@@ -222,7 +263,19 @@ async fn assemble(
     };
     let events = power::while_alive("the agent to start the pod", held, started).await?;
     phases.start_pod = starting.elapsed();
-    Ok((dial, agent, events))
+    Ok(Assembled { dial, agent, events, origin, wanted: wanted.filter(|_| suits) })
+}
+
+/// Looks for a template, on a thread for what blocks.
+async fn seek_template(
+    config: &Config,
+    programs: &Programs,
+    size: Size,
+) -> Result<(Sought, Duration), tokio::task::JoinError> {
+    let begun = Instant::now();
+    let (config, programs) = (config.clone(), programs.clone());
+    let sought = tokio::task::spawn_blocking(move || template::seek(&config, &programs, size)).await?;
+    Ok((sought, begun.elapsed()))
 }
 
 /// The ids of the pod's user namespace, for the agent.
@@ -268,11 +321,17 @@ async fn share_files(
         Ok(Some(cgroup))
     };
     held.cgroup = tokio::task::spawn_blocking(work).await??;
+    let vmm_fs = start_fs(request, programs, held)?;
+    Ok((vmm_fs, begun.elapsed()))
+}
+
+/// Starts the fs daemon; gives the VMM's connection to it.
+pub(super) fn start_fs(request: &Request<'_>, programs: &Programs, held: &mut Held) -> Result<OwnedFd, BootError> {
     let queues = request.config.fs_request_queues;
     let directory = &held.directory;
     let (fs, vmm_fs) = fs::start(&programs.fs, request.id, directory.path(), &directory.shared(), queues)?;
     held.record.fs = Identity::of(fs.pid);
     held.fs = Some(fs);
     held.directory.write(&held.record)?;
-    Ok((vmm_fs, begun.elapsed()))
+    Ok(vmm_fs)
 }

@@ -39,6 +39,7 @@ use crate::service::events::Publisher;
 use crate::spec::load::{self, Role};
 use crate::spec::sandbox::Files;
 use crate::spec::{resources, size};
+use crate::template::background::Birthplace;
 use cpusets::CpuSet;
 use machine::Machine;
 
@@ -57,6 +58,8 @@ pub(crate) struct Surroundings {
     pub(crate) config: Config,
     /// Events for containerd.
     pub(crate) publisher: Publisher,
+    /// Where the shim was born; none where nothing is built there.
+    pub(crate) birthplace: Option<Arc<Birthplace>>,
 }
 
 /// One pod.
@@ -202,6 +205,7 @@ impl Pod {
             config: &self.around.config,
             pod,
             size,
+            birthplace: self.around.birthplace.as_ref(),
         };
         let booted = create::boot(request).await;
         let mut slot = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
@@ -516,7 +520,7 @@ async fn log_phases(machine: Arc<Machine>) {
 }
 
 /// The host's CPUs (those online, whatever the shim itself may use).
-fn host_cpus() -> u64 {
+pub(crate) fn host_cpus() -> u64 {
     let online = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
     online.and_then(|number| u64::try_from(number).ok()).unwrap_or(1)
 }

@@ -1,14 +1,17 @@
-//! From the VMM's start to the agent's hello.
+//! From the VMM's start to the agent's hello: a boot, or a template's machine that goes on.
 
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use husk_agent_api::RPC_PORT;
+use tokio::net::UnixStream;
 use tracing::{debug, warn};
 
 use super::command_line;
-use super::create::{BootError, Request};
+use super::create::{BootError, Request, start_fs};
 use super::machine::Held;
 use super::state::Identity;
 use crate::config::Programs;
@@ -19,13 +22,17 @@ use crate::peer::PeerError;
 use crate::peer::agent::Agent;
 use crate::peer::dial::Dial;
 use crate::peer::fs;
-use crate::peer::vmm::{self, Beginning, Net, Vmm};
+use crate::peer::vmm::{self, Beginning, Net, Snapshot, Vmm};
 use crate::random;
+use crate::template::{self, Template};
+
+/// Longest wait for a killed process to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// What of the host the machine is joined with.
 pub(super) struct HostEnds {
     /// The connection to husk-fs.
-    pub(super) fs: OwnedFd,
+    pub(super) fs: Option<OwnedFd>,
     /// Taps of the pod's network.
     pub(super) taps: Vec<Tap>,
     /// The pod's network namespace, in which the VMM then lives.
@@ -44,8 +51,8 @@ pub(super) struct PoweredOn {
     pub(super) hello_took: Duration,
 }
 
-/// Starts the VMM and waits for the agent's hello.
-pub(super) async fn on(
+/// Boots the guest's kernel.
+pub(super) async fn boot(
     request: &Request<'_>,
     programs: &Programs,
     held: &mut Held,
@@ -54,24 +61,95 @@ pub(super) async fn on(
     let nonce = random::bytes::<16>().map_err(BootError::Random)?;
     let (dial, vmm_dial) = Dial::new()?;
     let hello = dial.expect(RPC_PORT)?;
-    let HostEnds { fs, taps, netns } = ends;
-    // The VMM takes the namespace with it; what forwards connections works in it as long as the pod lives.
-    let own_netns = netns.as_ref().and_then(|netns| netns.try_clone().ok());
-    let spawning = Instant::now();
-    let net = |tap: Tap| Net { tap: Some(tap.fd), mac: tap.mac, mtu: tap.mtu };
-    let vmm = Vmm::start(vmm::Start {
-        id: request.id,
-        program: &programs.vmm,
-        size: request.size,
+    let limit = request.config.hello_timeout();
+    let begun = Begun {
         from: Beginning::Kernel {
             kernel: &programs.kernel,
             initramfs: &programs.initramfs,
             cmdline: command_line::boot(request.config, &nonce),
         },
+        nets: ends.taps.into_iter().map(|tap| Net { tap: Some(tap.fd), mac: tap.mac, mtu: tap.mtu }).collect(),
+        fs: ends.fs,
+        netns: ends.netns,
+        nonce,
+    };
+    let stream = async move { hello.stream("the agent's connection", limit).await };
+    on(request, programs, held, (dial, vmm_dial), begun, stream).await
+}
+
+/// Lets a template's machine go on. If that fails for a reason that may be the template's, the template is removed, and there is nothing;
+/// `ends` can then be used for a boot.
+pub(super) async fn restore(
+    request: &Request<'_>,
+    programs: &Programs,
+    held: &mut Held,
+    template: &Template,
+    files: Snapshot,
+    ends: &mut HostEnds,
+) -> Result<Option<PoweredOn>, BootError> {
+    let (dial, vmm_dial) = Dial::new()?;
+    let copied = |source| PeerError::Socket { doing: "share the pod's network with husk-vmm", source };
+    // A tap lives as long as one of its descriptors.
+    let net = |tap: &Tap| Ok(Net { tap: Some(tap.fd.try_clone()?), mac: template::MAC, mtu: template::MTU });
+    let begun = Begun {
+        from: Beginning::Saved { name: &template.name, files },
+        nets: ends.taps.iter().map(net).collect::<io::Result<_>>().map_err(copied)?,
+        fs: ends.fs.take(),
+        netns: ends.netns.as_ref().map(OwnedFd::try_clone).transpose().map_err(copied)?,
+        nonce: template.nonce,
+    };
+    // The guest listens already: its agent answers as soon as it runs.
+    let caller = dial.caller();
+    let stream = async move { caller.call(RPC_PORT).await };
+    let error = match on(request, programs, held, (dial, vmm_dial), begun, stream).await {
+        Ok(powered) => return Ok(Some(powered)),
+        Err(error) => error,
+    };
+    // Without a VMM, or where it was killed, a boot would fare no better.
+    let killed = |vmm: &Vmm| vmm.helper.status().and_then(|status| status.signal()) == Some(libc::SIGKILL);
+    let Some(vmm) = held.vmm.take_if(|vmm| !killed(vmm)) else { return Err(error) };
+    warn!("the template {} is removed, and the pod starts without: {}", template.name, chain(&error));
+    vmm.helper.end(KILL_LIMIT).await;
+    if let Some(fs) = held.fs.take() {
+        fs.end(KILL_LIMIT).await;
+    }
+    template::discard(template);
+    ends.fs = Some(start_fs(request, programs, held)?);
+    Ok(None)
+}
+
+/// What a machine is to begin from, and be joined with.
+struct Begun<'a> {
+    from: Beginning<'a>,
+    nets: Vec<Net>,
+    fs: Option<OwnedFd>,
+    netns: Option<OwnedFd>,
+    nonce: [u8; 16],
+}
+
+/// Starts the VMM and waits for the agent's hello on what `stream` gives.
+async fn on(
+    request: &Request<'_>,
+    programs: &Programs,
+    held: &mut Held,
+    (dial, vmm_dial): (Dial, OwnedFd),
+    begun: Begun<'_>,
+    stream: impl Future<Output = Result<UnixStream, PeerError>>,
+) -> Result<PoweredOn, BootError> {
+    let Begun { from, nets, fs, netns, nonce } = begun;
+    // The VMM takes the namespace with it; what forwards connections works in it as long as the pod lives.
+    let own_netns = netns.as_ref().and_then(|netns| netns.try_clone().ok());
+    let spawning = Instant::now();
+    let vmm = Vmm::start(vmm::Start {
+        id: request.id,
+        program: &programs.vmm,
+        size: request.size,
+        from,
+        save: None,
         dial: vmm_dial,
-        fs: Some(fs),
+        fs,
         fs_request_queues: request.config.fs_request_queues,
-        nets: taps.into_iter().map(net).collect(),
+        nets,
         netns,
         uid: request.config.vmm_uid_base.saturating_add(std::process::id()),
         serial: request.config.serial,
@@ -84,7 +162,7 @@ pub(super) async fn on(
 
     let booting = Instant::now();
     let limit = request.config.hello_timeout();
-    let greeting = async { Agent::greet(hello.stream("the agent's connection", limit).await?, &nonce).await };
+    let greeting = async { Agent::greet(stream.await?, &nonce).await };
     let greeting = async {
         match tokio::time::timeout(limit, greeting).await {
             Ok(Err(PeerError::Deadline { .. })) | Err(_) => {
@@ -93,7 +171,7 @@ pub(super) async fn on(
             Ok(other) => other.map_err(BootError::from),
         }
     };
-    // Made while the guest boots, so that it costs the start nothing.
+    // Made while the guest starts, so that it costs the start nothing.
     let (agent, forwarder) =
         tokio::join!(while_alive("the agent's hello", held, greeting), forward_connections(own_netns, &dial));
     let agent = agent?;

@@ -1,0 +1,92 @@
+//! Templates: virtual machines that were saved once their agent was up, from which pods of the same shape go on instead of booting
+//! (shim/docs/templates.md). `key` tells what shaped one, `store` keeps them on disk, `build` makes one, `background` does so after a
+//! pod's cold start, `command` is the operator's side.
+
+pub(crate) mod background;
+mod build;
+pub(crate) mod command;
+mod key;
+mod store;
+
+use std::path::PathBuf;
+
+use tracing::warn;
+
+use crate::config::{Config, Programs, Templates};
+use crate::error::chain;
+use crate::peer::vmm::Snapshot;
+use crate::spec::size::Size;
+pub(crate) use key::Inputs;
+use store::{Store, StoreError};
+
+/// Hardware address of a template's only network interface (locally administered); a pod's own is set after the restore.
+pub(crate) const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+
+/// As the agent is told it.
+pub(crate) const MAC_TEXT: &str = "02:00:00:00:00:01";
+
+/// The largest MTU of a template's network interface in bytes: any pod's is below it.
+pub(crate) const MTU: u16 = u16::MAX;
+
+/// One that was found.
+#[derive(Debug)]
+pub(crate) struct Template {
+    /// What it is called.
+    pub(crate) name: String,
+    /// The boot nonce with which its agent will say hello.
+    pub(crate) nonce: [u8; 16],
+    directory: PathBuf,
+    /// Tells the directory from a later one of the same name.
+    inode: u64,
+}
+
+/// What a pod that starts has of templates.
+#[derive(Debug, Default)]
+pub(crate) struct Sought {
+    /// The template that it goes on from.
+    pub(crate) found: Option<(Template, Snapshot)>,
+    /// What a template for it would be made of, if there is none and one is to be built.
+    pub(crate) wanted: Option<Inputs>,
+}
+
+/// Looks for the template of a pod's size. What is wrong is told in the log: the pod can boot without. Reads all of a template that was
+/// not used since the host's boot.
+pub(crate) fn seek(config: &Config, programs: &Programs, size: Size) -> Sought {
+    if config.templates == Templates::Off || config.serial {
+        return Sought::default();
+    }
+    let inputs = match Inputs::gather(config, programs, size) {
+        Ok(inputs) => inputs,
+        Err(error) => {
+            warn!("the pod starts without a template: {}", chain(&error));
+            return Sought::default();
+        }
+    };
+    let store = Store::of_host();
+    match store.find(&inputs) {
+        Ok(found @ Some(_)) => return Sought { found, wanted: None },
+        Ok(None) => {}
+        Err(error) => {
+            warn!("the pod starts without a template: {}", chain(&error));
+            if !matches!(error, StoreError::Damaged { .. }) {
+                return Sought::default();
+            }
+            if let Err(error) = store.remove_named(&inputs.name()) {
+                warn!("{}", chain(&error));
+            }
+        }
+    }
+    Sought { found: None, wanted: (config.templates == Templates::Auto).then_some(inputs) }
+}
+
+/// Removes a template from which a pod could not start.
+pub(crate) fn discard(template: &Template) {
+    if let Err(error) = Store::of_host().remove(template) {
+        warn!("{}", chain(&error));
+    }
+}
+
+/// Builds the template in the background, see [`background::start`].
+pub(crate) fn build_in_background(wanted: &Inputs, birthplace: &background::Birthplace) {
+    background::start(&Store::of_host(), wanted, birthplace);
+}
