@@ -101,9 +101,11 @@ pub(super) async fn build(
     let name = inputs.name();
     let (directory, files) = store.begin(&name, lock)?;
     let saved = save(config, &programs, &inputs, &directory, files).await;
+    let look = |source| BuildError::Io { doing: "look at the template's memory", source };
     let finished = saved.and_then(|(nonce, bytes)| {
         let created_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let manifest = Manifest { nonce: random::hex(&nonce), created_s, inputs };
+        let memory_length = std::fs::metadata(directory.join("memory")).map_err(look)?.len();
+        let manifest = Manifest { nonce: random::hex(&nonce), created_s, memory_length, inputs };
         store.finish(&directory, &manifest, lock)?;
         Ok(bytes)
     });

@@ -60,6 +60,8 @@ pub(super) struct Manifest {
     pub(super) nonce: String,
     /// When it was made, in seconds since the epoch.
     pub(super) created_s: u64,
+    /// Length of its memory file in bytes: all memory that the machine can have.
+    pub(super) memory_length: u64,
     /// All that shaped it.
     pub(super) inputs: Inputs,
 }
@@ -143,7 +145,7 @@ impl Store {
         let (state, memory) = (open(&directory, "state")?, open(&directory, "memory")?);
         let identities = [&state, &memory].map(|(_, metadata)| FileIdentity::of(metadata));
         let (state, (memory, metadata)) = (state.0, memory);
-        if metadata.len() != inputs.memory_mib << 20 {
+        if metadata.len() != manifest.memory_length {
             return Err(damaged("its memory has another length than it should".to_owned()));
         }
         let template = Template { name, nonce, directory: directory.clone(), inode };

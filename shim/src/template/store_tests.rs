@@ -33,7 +33,12 @@ impl World {
         std::os::unix::fs::FileExt::write_all_at(&memory, &block, 0).unwrap();
         let sum = MemorySum { len: block.len() as u64, checksum: crc32fast::hash(&block) };
         state.write_all(&husk_snapshot::wire::encode(b"state", sum)).unwrap();
-        let manifest = Manifest { nonce: "ab".repeat(16), created_s: 1, inputs: inputs.clone() };
+        let manifest = Manifest {
+            nonce: "ab".repeat(16),
+            created_s: 1,
+            memory_length: inputs.memory_mib << 20,
+            inputs: inputs.clone(),
+        };
         self.store.finish(&made, &manifest, &lock).unwrap();
     }
 
