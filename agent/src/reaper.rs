@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
@@ -71,11 +71,10 @@ impl Reaper {
     /// process with the old one's id.
     fn reap_one(&self) -> bool {
         let mut table = self.lock();
-        let (pid, status) = match waitpid(None, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
-            Ok(WaitStatus::Exited(pid, code)) => (pid, code as u32),
-            Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as u32),
-            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return false,
-            Ok(_) | Err(Errno::EINTR) => return true,
+        let (pid, status) = match wait_any() {
+            Ok(Some(ended)) => ended,
+            Ok(None) | Err(Errno::ECHILD) => return false,
+            Err(Errno::EINTR) => return true,
             Err(error) => {
                 tracing::error!("Could not wait for children: {error}");
                 return false;
@@ -147,6 +146,17 @@ impl Drop for Spawning {
     }
 }
 
+/// Reaps a child that has ended, if there is one: its exit code, or 128 + signal. nix's waitpid forgets whom a real-time signal has ended.
+fn wait_any() -> Result<Option<(Pid, u32)>, Errno> {
+    let mut status = 0;
+    // SAFETY: waitpid(2) writes one int and keeps no pointer.
+    let pid = unsafe { nix::libc::waitpid(-1, &raw mut status, nix::libc::WNOHANG | nix::libc::__WALL) };
+    let pid = Pid::from_raw(Errno::result(pid)?);
+    // Without WUNTRACED and WCONTINUED only ends are told.
+    let code = if nix::libc::WIFSIGNALED(status) { 128 + nix::libc::WTERMSIG(status) } else { nix::libc::WEXITSTATUS(status) };
+    Ok((pid.as_raw() != 0).then_some((pid, code.unsigned_abs())))
+}
+
 /// Sends a signal to a process by number, real-time signals included, for which nix has no names.
 pub(crate) fn send(pid: Pid, signal: i32) -> Result<(), Errno> {
     // SAFETY: kill(2) takes two integers and touches no memory.
@@ -196,6 +206,11 @@ mod tests {
         let end = spawning.claim(reused);
         assert_eq!(reaper.kill(reused, nix::libc::SIGTERM), Ok(()));
         assert_eq!(end.await.unwrap().status, 128 + 15);
+
+        // A real-time signal, which has no name.
+        let spawning = reaper.spawning();
+        let real_time = spawn("kill -40 $$");
+        assert_eq!(spawning.claim(real_time).await.unwrap().status, 128 + 40);
 
         spawn("exit 0");
         drop(spawning);

@@ -147,8 +147,11 @@ def rootfs(ident):
 def place():
     """The image with what the table needs in it, and the volume."""
     IMAGE.mkdir(parents=True)
+    own = base.PLACE / f"image{next(COUNT)}"  # Each time another: containerd 2 forgets one that was unmounted only some time later.
+    own.mkdir()
     try:
-        run(*CTR, "images", "mount", "--rw", "husk.test/busybox:1", IMAGE)
+        run(*CTR, "images", "mount", "--rw", "husk.test/busybox:1", own)
+        run("mount", "--bind", own, IMAGE)
         _fill_image()
         _fill_volume(base.PLACE / "volume")
         yield
@@ -157,7 +160,9 @@ def place():
         if os.path.ismount(below):
             run("umount", below)
         if os.path.ismount(IMAGE):
-            run(*CTR, "images", "unmount", "--rm", IMAGE)
+            run("umount", IMAGE)
+        if os.path.ismount(own):
+            run(*CTR, "images", "unmount", "--rm", own)
         shutil.rmtree(base.PLACE)
 
 

@@ -80,6 +80,8 @@ def test_raw_volumes():
         assert file.read_bytes()[4096:4110] == b"from the guest"
         _fails(lambda: box.exec("sh", "-c", "echo x > /dev/ro"), "ermi")
         assert box.exec("sh", "-c", "cat /sys/block/vd*/ro") == "0\n1"
+        metrics = json.loads(run("ctr", "-a", SOCKET, "-n", NAMESPACE, "task", "metrics", "--format", "json", box.id).stdout)
+        assert any(int(disk.get("wbytes", 0)) >= 512 for disk in metrics["io"]["usage"]), metrics["io"]
         assert watcher.exec("sh", "-c", "ls /sys/block | wc -w") == "2"
         _fails(lambda: watcher.exec("sh", "-c", "mknod /dev/stolen b 254 0; head -c 1 /dev/stolen"), "ermi")
         crictl("rm", "-f", box.id)

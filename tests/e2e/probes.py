@@ -20,6 +20,21 @@ def test_a_probe_that_takes_too_long_is_killed_with_all_it_started():
         assert box.state() == "CONTAINER_RUNNING"
 
 
+def test_hooks():
+    """postStart and preStop, which the kubelet runs as execs: the first may come as soon as the container is started, the second tells
+    process 1 to finish its work, which then gets SIGTERM."""
+    script = """work() { echo begun; while [ ! -e /finish ]; do usleep 50000; done; echo finished; touch /finished; }
+trap 'echo told to end; exit 0' TERM; cat /hook; work; while :; do usleep 50000; done"""
+    with pod() as it:
+        box = it.create(["sh", "-c", "until [ -e /hook ]; do usleep 20000; done; " + script])
+        crictl("start", box.id)
+        box.exec("sh", "-c", "echo hooked > /made; mv /made /hook")
+        box.exec("sh", "-c", "touch /finish; until [ -e /finished ]; do usleep 50000; done")
+        crictl("stop", "--timeout", "30", box.id)
+        assert box.logs().splitlines() == ["hooked", "begun", "finished", "told to end"], box.logs()
+        assert box.status()["exitCode"] == 0
+
+
 def test_a_throttled_pod_lives():
     """A pod that its host gives 1 % of a CPU for 6 s lives, and is as before afterwards."""
     with pod() as it:

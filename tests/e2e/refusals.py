@@ -93,6 +93,11 @@ def test_host_network():
     _refused("network", "runc", linux={"security_context": {"namespace_options": {"network": 2}}})
 
 
+def test_host_ipc():
+    """The host's IPC namespace can't be had; the message says what can."""
+    _refused("ipc", "runc", linux={"security_context": {"namespace_options": {"ipc": 2}}})
+
+
 def test_missing_mount_source():
     """A volume whose source is gone is named; the pod is unharmed."""
     with pod() as it:

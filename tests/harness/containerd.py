@@ -1,5 +1,6 @@
 """A private containerd (the first in PATH) with a CNI bridge and the runtimes runc and husk, for one run of tests."""
 
+import functools
 import json
 import os
 import pathlib
@@ -75,6 +76,7 @@ NETWORK = {
         {"type": "portmap", "capabilities": {"portMappings": True}}]}
 
 
+@functools.cache
 def version():
     """The containerd that is first in PATH: (1, 6) and the like."""
     return tuple(int(part) for part in output("containerd", "--version").split()[2].lstrip("v").split(".")[:2])
@@ -96,6 +98,7 @@ class Containerd:
         self.state_on_disk = state_on_disk
         self.runtimes = runtimes or {}
         self.process = None
+        self.loaded = set()
 
     def start(self):
         """Starts the daemon and returns once it said that it is ready."""
@@ -146,10 +149,11 @@ class Containerd:
             run("mount", "--bind", f"{folder}/state", "/run/husk-test/state")
 
     def load(self, *names):
-        """Loads images of tests/images by name."""
-        for name in names:
+        """Loads images of tests/images by name, each once."""
+        for name in set(names) - self.loaded:
             run("ctr", "-a", SOCKET, "-n", NAMESPACE, "images", "import", "--local" if version() >= (2, 0) else "--digests",
                 f"{self.images}/{name}.tar", timeout=300)
+            self.loaded.add(name)
 
     def stop(self):
         """Ends the daemon; the pods stay, as on a real node."""
