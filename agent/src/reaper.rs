@@ -153,7 +153,8 @@ fn wait_any() -> Result<Option<(Pid, u32)>, Errno> {
     let pid = unsafe { nix::libc::waitpid(-1, &raw mut status, nix::libc::WNOHANG | nix::libc::__WALL) };
     let pid = Pid::from_raw(Errno::result(pid)?);
     // Without WUNTRACED and WCONTINUED only ends are told.
-    let code = if nix::libc::WIFSIGNALED(status) { 128 + nix::libc::WTERMSIG(status) } else { nix::libc::WEXITSTATUS(status) };
+    let code =
+        if nix::libc::WIFSIGNALED(status) { 128 + nix::libc::WTERMSIG(status) } else { nix::libc::WEXITSTATUS(status) };
     Ok((pid.as_raw() != 0).then_some((pid, code.unsigned_abs())))
 }
 
