@@ -88,10 +88,12 @@ def host_local(*subnets, routes=("0.0.0.0/0", "::/0")):
 class Single:
     """A container without a pod in a namespace of the test's."""
 
-    def __init__(self, name, where, *command, image="busybox"):
+    def __init__(self, name, where, *command, image="busybox", annotations=None):
         self.name = name
         self.count = 0
-        run(*CTR, "run", "-d", "--runtime", f"io.containerd.{HANDLER}.v2", "--with-ns", f"network:{where}", f"husk.test/{image}:1", name, *command)
+        given = [word for key, value in (annotations or {}).items() for word in ("--annotation", f"{key}={value}")]
+        run(*CTR, "run", "-d", "--runtime", f"io.containerd.{HANDLER}.v2", "--with-ns", f"network:{where}", *given, f"husk.test/{image}:1", name,
+            *command)
 
     def exec(self, *command, **options):
         """What a command in the container prints."""
@@ -105,9 +107,9 @@ class Single:
 
 
 @contextlib.contextmanager
-def single(name, where, *command):
+def single(name, where, *command, **options):
     """A running container for the length of a test."""
-    it = Single(name, where, *command)
+    it = Single(name, where, *command, **options)
     try:
         yield it
     finally:
