@@ -17,8 +17,9 @@ use crate::listen::Listener;
 /// Memory taken at a time in bytes.
 const CHUNK: u64 = 16 << 20;
 
-/// What stays free in bytes, beyond what the kernel keeps for itself.
-const SPARE: u64 = 1 << 20;
+/// What stays free in bytes, beyond what the kernel keeps for itself. Linux takes up to 8 MiB at once from there for one kind of pages (63
+/// pages << PCP_BATCH_SCALE_MAX, mm/page_alloc.c), which then are there for no other.
+const SPARE: u64 = 12 << 20;
 
 /// Page size of x86-64.
 const PAGE: u64 = 4096;
