@@ -167,7 +167,7 @@ class Vm:
         for key, value in fields(response):
             if key == 1:
                 state = value.decode()
-            elif number == 2:
+            elif key == 2:
                 phase = dict(fields(value))
                 phases.append((phase[1].decode(), phase.get(2, 0)))
         return state, phases
