@@ -108,6 +108,8 @@ fn mounts() -> Result<(), BootError> {
     // (kernel/sched/deadline.c), whose timer wakes the guest 0.95 s later, which lets the task run again, and so on.
     write("/proc/sys/vm/stat_interval", "60")?;
     pod_cgroup().map_err(BootError::Cgroup)?;
+    // As the kubelet sets it on a node: else an allocation larger than all that the machine has before it grows would fail (overcommit-accounting.rst).
+    write("/proc/sys/vm/overcommit_memory", "1")?;
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)
         .map_err(step("raise the limit of open files of", "/init"))
 }

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use husk_cell::CgroupError;
 use husk_cell::cgroup::Cgroup;
@@ -43,6 +43,8 @@ pub(crate) struct Memory {
     /// The machine may grow, and has not been asked to.
     may_ask: AtomicBool,
     watched: AtomicBool,
+    /// Bytes that the machine had when the pod was started.
+    at_start: OnceLock<u64>,
     /// Held while marks are decided and set.
     room: Mutex<Room>,
 }
@@ -57,11 +59,31 @@ struct Room {
 impl Memory {
     /// Of a machine that stays as it is, until [`Self::changed`] says otherwise.
     pub(crate) fn new(pod: Cgroup, events: Arc<Events>) -> Self {
-        Self { pod, events, may_ask: AtomicBool::new(false), watched: AtomicBool::new(false), room: Mutex::default() }
+        Self {
+            pod,
+            events,
+            may_ask: AtomicBool::new(false),
+            watched: AtomicBool::new(false),
+            at_start: OnceLock::new(),
+            room: Mutex::default(),
+        }
     }
 
-    /// Sets the marks for what the machine has now, if it can grow by further `growth_mib`; else there are none.
-    pub(crate) async fn changed(self: &Arc<Self>, growth_mib: u64) -> Result<(), MemoryError> {
+    /// Sets the marks for what the machine has now, `plugged_mib` more than when this was first called, if it can grow by further `growth_mib`;
+    /// else there are none.
+    pub(crate) async fn changed(self: &Arc<Self>, growth_mib: u64, plugged_mib: u64) -> Result<(), MemoryError> {
+        let at_start = match self.at_start.get() {
+            Some(&bytes) => bytes,
+            None => {
+                let bytes = sysinfo().map_err(MemoryError::Total)?.ram_total();
+                *self.at_start.get_or_init(|| bytes)
+            }
+        };
+        // The kernel counts new memory only when it is in use, which is later than it has taken it.
+        let room = Room {
+            total: at_start.saturating_add(plugged_mib.saturating_mul(MIB)),
+            growth: growth_mib.saturating_mul(MIB),
+        };
         if growth_mib > 0 && !self.watched.swap(true, Ordering::Relaxed) {
             let watch = self.pod.watch_own_memory().map_err(MemoryError::Watch)?;
             let watch = descriptor::watch(watch, Interest::PRIORITY).map_err(MemoryError::Wait)?;
@@ -83,16 +105,17 @@ impl Memory {
         }
         let memory = self.clone();
         // Where more is used than the mark the kernel first takes file pages back.
-        if spawn_blocking(move || memory.set_mark(growth_mib.saturating_mul(MIB))).await?? {
+        if spawn_blocking(move || memory.set_mark(room)).await?? {
             self.events.memory_wanted().await;
         }
         Ok(())
     }
 
     /// Sets the first mark. True: it is passed already, and the machine is to be asked for more.
-    fn set_mark(&self, growth: u64) -> Result<bool, MemoryError> {
+    fn set_mark(&self, new: Room) -> Result<bool, MemoryError> {
         let mut room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
-        *room = Room { total: sysinfo().map_err(MemoryError::Total)?.ram_total(), growth };
+        *room = new;
+        let growth = room.growth;
         let held = self.pod.memory_held().map_err(MemoryError::Read)?;
         let asks = growth > 0 && held > room.ask_at();
         let mark = match growth {
@@ -151,9 +174,10 @@ impl Room {
         self.total / 4 * 3
     }
 
-    /// Whether the machine should grow with `held` bytes that can't be taken back. Files' pages alone make it grow to half of what it can be.
+    /// Whether the machine should grow with `held` bytes that can't be taken back. Files' pages alone make it grow to half of what it can be: the
+    /// total lacks what the kernel has taken for itself.
     fn is_needed(&self, held: u64) -> bool {
-        self.total < self.growth || held > self.ask_at() / 2
+        self.total / 4 * 5 < self.growth || held > self.ask_at() / 2
     }
 }
 
@@ -163,11 +187,11 @@ mod tests {
 
     #[test]
     fn files_alone_make_a_machine_grow_to_half_of_what_it_can_be() {
-        let room = Room { total: 256 * MIB, growth: 768 * MIB };
+        let room = Room { total: 240 * MIB, growth: 768 * MIB };
         assert!(room.is_needed(0));
-        let room = Room { total: 512 * MIB, growth: 512 * MIB };
-        assert!(!room.is_needed(128 * MIB));
-        assert!(room.is_needed(129 * MIB));
+        let room = Room { total: 480 * MIB, growth: 512 * MIB };
+        assert!(!room.is_needed(120 * MIB));
+        assert!(room.is_needed(121 * MIB));
         assert!(room.ask_at() < room.slow_at() && room.slow_at() < room.total);
     }
 }

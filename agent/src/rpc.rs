@@ -83,7 +83,7 @@ impl Agent for Service {
         if self.started.swap(true, Ordering::AcqRel) {
             return Err(status(Code::FAILED_PRECONDITION, "The pod was started before".into()));
         }
-        self.memory.changed(request.growth_mib).await.map_err(memory_status)?;
+        self.memory.changed(request.growth_mib, 0).await.map_err(memory_status)?;
         to_the_end(async move { pod::start(&request).await.map_err(pod_status) }).await?;
         Ok(StartPodResponse {
             kernel: nix::sys::utsname::uname()
@@ -162,7 +162,8 @@ impl Agent for Service {
 
     async fn memory_changed(&self, _: &TtrpcContext, request: MemoryChangedRequest) -> ttrpc::Result<Empty> {
         let memory = self.memory.clone();
-        to_the_end(async move { memory.changed(request.growth_mib).await.map_err(memory_status) }).await?;
+        to_the_end(async move { memory.changed(request.growth_mib, request.plugged_mib).await.map_err(memory_status) })
+            .await?;
         Ok(Empty::new())
     }
 

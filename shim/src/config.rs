@@ -15,6 +15,9 @@ const DEFAULT_PATH: &str = "/etc/husk/config.toml";
 /// Least guest memory in MiB (husk-vmm's own limit).
 pub(crate) const MIN_MEMORY_MIB: u64 = 64;
 
+/// Least memory in MiB with which a pod that can grow starts: with less its kernel would leave hardly anything.
+const MIN_BOOT_MIB: u64 = 128;
+
 /// Most vCPUs of a guest (husk-vmm's own limit).
 pub(crate) const MAX_VCPUS: u8 = 64;
 
@@ -38,8 +41,10 @@ pub(crate) struct Config {
     pub(crate) vcpus: u8,
     /// Most vCPUs that a pod gets, whatever it says; the host's number of CPUs is a limit too. Default 64.
     pub(crate) max_vcpus: u8,
-    /// Guest memory in MiB of a pod that says nothing about its memory; it costs nothing until it is touched. Default 2048.
+    /// Memory in MiB that a pod which says nothing about its memory can grow to. Default 2048.
     pub(crate) memory_mib: u64,
+    /// Guest memory in MiB that a pod starts with; it grows when its containers need more. Default 256.
+    pub(crate) boot_memory_mib: u64,
     /// Memory in MiB that a pod with a memory limit gets beyond it, for the guest's kernel and agent. Default 64.
     pub(crate) memory_overhead_mib: u64,
     /// The guest kernel. Default `../share/husk/vmlinux`, seen from the shim's own directory.
@@ -72,6 +77,7 @@ impl Default for Config {
             vcpus: 1,
             max_vcpus: MAX_VCPUS,
             memory_mib: 2048,
+            boot_memory_mib: 256,
             memory_overhead_mib: 64,
             kernel: None,
             initramfs: None,
@@ -171,10 +177,11 @@ impl Config {
 
     /// Refuses values that no pod could be started with.
     fn check(&self) -> Result<(), ConfigError> {
-        let bounds: [(&'static str, bool, &'static str); 7] = [
+        let bounds: [(&'static str, bool, &'static str); 8] = [
             ("vcpus", (1..=MAX_VCPUS).contains(&self.vcpus), "1 to 64"),
             ("max_vcpus", (1..=MAX_VCPUS).contains(&self.max_vcpus), "1 to 64"),
             ("memory_mib", self.memory_mib >= MIN_MEMORY_MIB, "at least 64"),
+            ("boot_memory_mib", self.boot_memory_mib >= MIN_BOOT_MIB, "at least 128"),
             ("fs_request_queues", (1..=64).contains(&self.fs_request_queues), "1 to 64"),
             ("vmm_uid_base", (1000..=4_000_000_000).contains(&self.vmm_uid_base), "1000 to 4000000000"),
             ("hello_timeout_s", (1..=600).contains(&self.hello_timeout_s), "1 to 600"),

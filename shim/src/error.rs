@@ -102,6 +102,19 @@ pub(crate) enum Error {
     /// What the pod takes of the host.
     #[error("cannot read what the pod takes of the host")]
     Figures(#[source] CgroupError),
+    /// A memory limit for which the machine would have to be larger than the host.
+    #[error(
+        "the new limit of {limit} bytes of memory would let the pod's virtual machine grow to {wanted_mib} MiB, and {has_mib} MiB is the most \
+         that this host can give it"
+    )]
+    BeyondHost {
+        /// Bytes.
+        limit: i64,
+        /// What the machine could then grow to.
+        wanted_mib: u64,
+        /// What is possible.
+        has_mib: u64,
+    },
     /// A limit that the machine can't follow.
     #[error(
         "the new limit of {wanted} is more than the pod's virtual machine has ({has}), which does not grow: start the pod anew with it"
@@ -126,7 +139,9 @@ impl Error {
             Self::State { .. } | Self::Down { .. } => Code::FAILED_PRECONDITION,
             Self::Late { .. } => Code::DEADLINE_EXCEEDED,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Id(_) | Self::Spec(_) | Self::Message { .. } | Self::Beyond { .. } => Code::INVALID_ARGUMENT,
+            Self::Id(_) | Self::Spec(_) | Self::Message { .. } | Self::Beyond { .. } | Self::BeyondHost { .. } => {
+                Code::INVALID_ARGUMENT
+            }
             Self::Peer(error) => error.code(),
             Self::Boot(error) => error.code(),
             Self::Profile(ProfileError::Peer(error)) => error.code(),

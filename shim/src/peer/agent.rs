@@ -9,8 +9,8 @@ use containerd_shim_protos::ttrpc::asynchronous::transport::Socket;
 use containerd_shim_protos::ttrpc::context::{self, Context};
 use husk_agent_api::agent::{
     ContainerRequest, CreateContainerRequest, Empty, Event, ExecProcessRequest, ListedProcess, LoadProfileRequest,
-    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, StartPodRequest, StartPodResponse, StatsPodResponse,
-    StatsResponse, UpdateContainerRequest,
+    MemoryChangedRequest, ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, StartPodRequest,
+    StartPodResponse, StatsPodResponse, StatsResponse, UpdateContainerRequest,
 };
 use husk_agent_api::agent_ttrpc::AgentClient;
 use husk_agent_api::hello::{self, Hello};
@@ -131,7 +131,13 @@ impl Agent {
         Ok(listed.processes)
     }
 
-    /// Exits and OOM kills, until the connection ends.
+    /// Tells by how many MiB the machine can still grow, and by how many it has grown.
+    pub(crate) async fn memory_changed(&self, growth_mib: u64, plugged_mib: u64) -> Result<(), PeerError> {
+        let request = MemoryChangedRequest { growth_mib, plugged_mib, ..Default::default() };
+        call("watch its memory", LIMIT, |context| self.0.memory_changed(context, &request)).await.map(drop)
+    }
+
+    /// Exits, OOM kills and wishes for memory, until the connection ends.
     pub(crate) async fn events(&self) -> Result<Events, PeerError> {
         // A stream lives as long as the connection: only its opening has a deadline.
         let empty = Empty::new();

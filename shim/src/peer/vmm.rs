@@ -12,7 +12,7 @@ use containerd_shim_protos::ttrpc::context;
 use husk_vmm_api::config::{self, FsConfig, JailConfig, NetConfig, VmConfig};
 use husk_vmm_api::disk;
 use husk_vmm_api::exit::ExitReason;
-use husk_vmm_api::vmm::{AttachDiskRequest, DetachDiskRequest, Empty};
+use husk_vmm_api::vmm::{AttachDiskRequest, DetachDiskRequest, Empty, ResizeMemoryRequest};
 use husk_vmm_api::vmm_ttrpc::VmmClient;
 use nix::sys::socket::{AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair};
 
@@ -35,6 +35,9 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Longest wait for a snapshot to be written, which can be as much as the guest has touched, onto a slow disk.
 const SAVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Longest wait for memory to be plugged in or out: the VMM itself gives the guest 5 s.
+const RESIZE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What a VM is made of.
 #[derive(Debug)]
@@ -153,7 +156,7 @@ impl Vmm {
             id: start.id.to_owned(),
             vcpus: start.size.vcpus,
             memory_mib: start.size.memory_mib,
-            hotplug_mib: 0,
+            hotplug_mib: start.size.hotplug_mib,
             start: beginning,
             save: start.save.map(|files| files.inherit(&mut inherited)),
             kvm: inherited.add(helper::open(Path::new("/dev/kvm"), true, "open KVM")?),
@@ -210,6 +213,14 @@ impl Vmm {
         paused.map_err(|error| PeerError::of_call("husk-vmm", "pause", PAUSE_LIMIT, error))?;
         let saved = self.client.save(context::with_duration(SAVE_LIMIT), &Empty::new()).await;
         Ok(saved.map_err(|error| PeerError::of_call("husk-vmm", "save the machine", SAVE_LIMIT, error))?.memory)
+    }
+
+    /// Has the guest plug in or out until it has so many MiB beside what it booted with; how many it has then.
+    pub(crate) async fn resize_memory(&self, plugged_mib: u64) -> Result<u64, PeerError> {
+        let request = ResizeMemoryRequest { plugged_mib, ..Default::default() };
+        let resized = self.client.resize_memory(context::with_duration(RESIZE_LIMIT), &request).await;
+        let resized = resized.map_err(|error| PeerError::of_call("husk-vmm", "resize memory", RESIZE_LIMIT, error))?;
+        Ok(resized.plugged_mib)
     }
 
     /// The VMM's own start, phase by phase, for the log.

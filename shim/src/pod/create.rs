@@ -253,6 +253,7 @@ async fn assemble(
         entropy: random::bytes::<ENTROPY>().map_err(BootError::Random)?.to_vec(),
         shared_tag: vmm::SHARED_TAG.to_owned(),
         sysctls: request.pod.sysctls.clone(),
+        growth_mib: request.size.growth_mib(),
         user_namespace: request.pod.user_namespace.as_ref().map(user_namespace).into(),
         ..network
     };

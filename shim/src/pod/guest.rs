@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use containerd_shim_protos::api::Mount;
 use husk_agent_api::agent::{CreateContainerRequest, HugeVolume};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use tracing::{info, warn};
 
 use super::Pod;
@@ -23,6 +23,7 @@ use crate::spec::SpecError;
 use crate::spec::guest;
 use crate::spec::load::Role;
 use crate::spec::mounts::{HostBind, LIVE, MOUNTS};
+use crate::spec::resources;
 use crate::storage::idmap::Namespaces;
 use crate::storage::source::HugePages;
 use crate::storage::{self, BindOptions, RootfsMount, StorageError, disk};
@@ -56,7 +57,7 @@ impl Pod {
         rootfs: &[Mount],
     ) -> Result<(), Error> {
         let begun = Instant::now();
-        let set = CpuSet::of(spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()));
+        let set = CpuSet::of(limits(&spec));
         let mut guest = guest::convert(spec, &container.id, role, machine.user_namespace.as_ref())?;
         let rootfs: Vec<_> = rootfs.iter().map(rootfs_mount).collect();
         let root = disk::root_disk(&rootfs)?;
@@ -73,11 +74,12 @@ impl Pod {
             binds: guest.needs.binds,
         };
         let share = files.share.clone();
-        let huge = guest.needs.huge.into_iter().map(huge_volume).collect();
+        let huge: Vec<_> = guest.needs.huge.into_iter().map(huge_volume).collect();
         machine.cpusets.put(&container.id, set.unwrap_or_default(), machine.cgroup.as_ref())?;
         let outcome = self.build(machine, container, &guest.spec, Provisions { files, disks, huge }, begun).await;
         if outcome.is_err() {
             release_cpus(machine, &container.id);
+            machine.forget_limit(&container.id).await;
             machine.detach_disks(&container.id).await;
             take_back(share).await;
         }
@@ -109,7 +111,9 @@ impl Pod {
         };
         let root = disk_root(container);
         let attaching = machine.attach_disks(&container.id, &root, disks);
-        let (mounted, pending, given, disks) = tokio::join!(mounting, opening, giving, attaching);
+        let limit = resources::memory_limit(limits(spec));
+        let growing = machine.make_room(&container.id, limit, wants_huge_pages(limits(spec), &huge));
+        let (mounted, pending, given, disks, ()) = tokio::join!(mounting, opening, giving, attaching, growing);
         mounted?;
         let pending = pending?;
         given?;
@@ -162,6 +166,7 @@ impl Pod {
         }
         if let Some(machine) = machine {
             machine.detach_disks(&container.id).await;
+            machine.forget_limit(&container.id).await;
             release_cpus(&machine, &container.id);
             take_back(machine.shared().join(container.share())).await;
         }
@@ -176,6 +181,17 @@ impl Pod {
         }
         container.remove_exec(&process.exec_id);
     }
+}
+
+/// A container's limits.
+fn limits(spec: &Spec) -> Option<&LinuxResources> {
+    spec.linux().as_ref().and_then(|linux| linux.resources().as_ref())
+}
+
+/// Whether the container sets huge pages aside or has a volume of them.
+fn wants_huge_pages(limits: Option<&LinuxResources>, volumes: &[HugeVolume]) -> bool {
+    let pages = limits.and_then(|limits| limits.hugepage_limits().as_deref()).unwrap_or_default();
+    !volumes.is_empty() || pages.iter().any(|limit| limit.limit() > 0)
 }
 
 /// Lets the others' CPUs count only.

@@ -11,6 +11,7 @@ use tracing::warn;
 
 use super::cpusets::CpuSets;
 use super::disks::Disks;
+use super::memory::Memory;
 use super::state::{Directory, Record};
 use crate::apparmor::Given;
 use crate::cgroup::PodCgroup;
@@ -130,6 +131,8 @@ pub(crate) struct Machine {
     pub(crate) user_namespace: Option<IdMap>,
     /// AppArmor profiles that its kernel has.
     pub(crate) profiles: Given,
+    /// Its memory.
+    pub(super) memory: Memory,
     /// Its disks.
     pub(super) disks: Disks,
     stopping: AtomicBool,
@@ -152,6 +155,7 @@ impl Machine {
             gone: watch::Sender::new(false),
             user_namespace,
             profiles: Given::default(),
+            memory: Memory::new(size),
             disks: Disks::default(),
             stopping: AtomicBool::new(false),
             oom_score: Mutex::new(None),

@@ -7,6 +7,7 @@ pub(crate) mod create;
 pub(crate) mod disks;
 pub(crate) mod guest;
 pub(crate) mod machine;
+pub(crate) mod memory;
 mod power;
 pub(crate) mod recover;
 pub(crate) mod sandbox;
@@ -37,8 +38,9 @@ use crate::error::{Error, chain};
 use crate::id::Id;
 use crate::service::events::Publisher;
 use crate::spec::load::{self, Role};
+use crate::spec::resources;
 use crate::spec::sandbox::Files;
-use crate::spec::{resources, size};
+use crate::spec::size::{self, Host};
 use crate::template::background::Birthplace;
 use cpusets::CpuSet;
 use machine::Machine;
@@ -190,7 +192,7 @@ impl Pod {
         role: &Role,
     ) -> Result<Arc<Machine>, Error> {
         let pod = load::pod(spec)?;
-        let size = size::of(spec, role, &self.around.config, host_cpus())?;
+        let size = size::of(spec, role, &self.around.config, Host::here())?;
         {
             let mut slot = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
             if !matches!(*slot, Slot::None) {
@@ -393,12 +395,15 @@ impl Pod {
         let message = |source| Error::Message { what: "resources of the update", source };
         let resources: LinuxResources = serde_json::from_slice(resources).map_err(message)?;
         let machine = self.running("update a container")?;
-        resources::fit(&resources, machine.size, host_cpus())?;
+        let (limit, host) = (resources::memory_limit(Some(&resources)), Host::here());
+        resources::fit(&resources, machine.size, host.cpus)?;
         if let Some(set) = CpuSet::of(Some(&resources)) {
             machine.cpusets.put(id, set, machine.cgroup.as_ref())?;
         }
         let resources = resources::guest_resources(resources)?;
-        Ok(machine.agent.update(id, serde_json::to_vec(&resources).map_err(message)?).await?)
+        let resources = serde_json::to_vec(&resources).map_err(message)?;
+        let set = machine.agent.update(id, resources);
+        if limit == 0 { Ok(set.await?) } else { machine.with_limit(id, limit, host, set).await }
     }
 
     /// A container's figures; those of one that has ended are zero. A sandbox's are what its pod costs on the host.
@@ -517,10 +522,4 @@ async fn log_phases(machine: Arc<Machine>) {
         Ok(phases) => debug!("VMM started {phases}"),
         Err(error) => debug!("{}", chain(&error)),
     }
-}
-
-/// The host's CPUs (those online, whatever the shim itself may use).
-pub(crate) fn host_cpus() -> u64 {
-    let online = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
-    online.and_then(|number| u64::try_from(number).ok()).unwrap_or(1)
 }

@@ -17,7 +17,7 @@ use crate::error::{Error, chain};
 use crate::id::Id;
 use crate::spec::load::{self, Role};
 use crate::spec::sandbox::{self, Files, PodSandboxConfig};
-use crate::spec::size;
+use crate::spec::size::{self, Host};
 
 /// Longest wait for a sandbox's end where containerd names none: its machine is killed well before.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
@@ -56,7 +56,7 @@ impl Pod {
         let config = sandbox::config(&request.options)?;
         let spec = sandbox::spec(&config, &id, &self.around.namespace, &request.netns_path)?;
         load::pod(&spec)?;
-        size::of(&spec, &Role::Sandbox, &self.around.config, super::host_cpus())?;
+        size::of(&spec, &Role::Sandbox, &self.around.config, Host::here())?;
         let process = Process::new("", Paths::default(), Vec::new());
         self.insert(Container::new(id, Kind::Sandbox, request.bundle_path, process))?;
         let mut described = self.described.lock().unwrap_or_else(PoisonError::into_inner);

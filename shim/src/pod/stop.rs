@@ -28,7 +28,7 @@ impl Pod {
     /// Passes the agent's events on until the machine ends, and then does all that its end needs.
     pub(super) async fn watch(self: Arc<Self>, machine: Arc<Machine>, mut events: Events) {
         let held = machine.held.read().await;
-        let (mut cause, is_agents_end) = self.pass_on_all(&held, &mut events).await;
+        let (mut cause, is_agents_end) = self.pass_on_all(&machine, &held, &mut events).await;
         machine.set_down(&cause);
         let ending_processes = async {
             // The agent's connection is the first to break when the guest ends: the VMM knows why.
@@ -54,7 +54,7 @@ impl Pod {
     }
 
     /// Passes events on to the machine's end: why it ended, and whether only the agent's connection has.
-    async fn pass_on_all(self: &Arc<Self>, held: &Held, events: &mut Events) -> (String, bool) {
+    async fn pass_on_all(self: &Arc<Self>, machine: &Arc<Machine>, held: &Held, events: &mut Events) -> (String, bool) {
         let vmm_ended = async {
             match &held.vmm {
                 Some(vmm) => vmm.ended().await,
@@ -67,6 +67,7 @@ impl Pod {
             tokio::select! {
                 biased;
                 event = events.next() => match event {
+                    Some(Event { kind: Some(EventKind::MemoryWanted(_)), .. }) => machine.memory_wanted(),
                     Some(event) => self.pass_on(event).await,
                     None => return ("the connection to the agent ended".to_owned(), true),
                 },

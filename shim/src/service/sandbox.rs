@@ -1,5 +1,5 @@
 //! containerd's Sandbox service (runtime/sandbox/v1), for the same pod as the Task service. UpdateSandbox of containerd 2.4, which a shim may
-//! leave out, is left out: a machine does not grow.
+//! leave out, is left out: the machine follows its containers' limits.
 
 use std::collections::HashMap;
 use std::sync::Arc;

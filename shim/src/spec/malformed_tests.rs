@@ -18,7 +18,7 @@ fn judge(text: &[u8]) -> Result<(), SpecError> {
     let spec = parsed.map_err(|source| SpecError::Parse { path: "config.json".into(), source })?;
     let role = load::role(&spec)?;
     load::pod(&spec)?;
-    size::of(&spec, &role, &Config::default(), 8)?;
+    size::of(&spec, &role, &Config::default(), size::Host { cpus: 8, memory_mib: 8192 })?;
     for role in [Role::Member(SANDBOX.to_owned()), Role::Single] {
         convert(spec.clone(), "c0ffee", &role, None)?;
     }

@@ -24,13 +24,8 @@ pub(crate) fn guest_resources(mut resources: LinuxResources) -> Result<LinuxReso
     Ok(resources)
 }
 
-/// Whether a running machine can follow new limits: one that it cannot, though the host could, is refused.
+/// Whether a running machine's CPUs can follow new limits: one that they cannot, though the host's could, is refused.
 pub(crate) fn fit(resources: &LinuxResources, size: Size, host_cpus: u64) -> Result<(), Error> {
-    let memory = resources.memory().as_ref().and_then(|memory| memory.limit()).unwrap_or(0);
-    if u64::try_from(memory).unwrap_or(0) > size.memory_mib << 20 {
-        let (wanted, has) = (format!("{memory} bytes of memory"), format!("{} MiB", size.memory_mib));
-        return Err(Error::Beyond { wanted, has });
-    }
     let cpu = resources.cpu().as_ref();
     let quota = u64::try_from(cpu.and_then(|cpu| cpu.quota()).unwrap_or(0)).unwrap_or(0);
     let period = cpu.and_then(|cpu| cpu.period()).filter(|&period| period > 0).unwrap_or(DEFAULT_PERIOD);
@@ -40,6 +35,11 @@ pub(crate) fn fit(resources: &LinuxResources, size: Size, host_cpus: u64) -> Res
         return Err(Error::Beyond { wanted, has });
     }
     Ok(())
+}
+
+/// The memory limit in bytes; 0: it is not named, less: there is none.
+pub(crate) fn memory_limit(resources: Option<&LinuxResources>) -> i64 {
+    resources.and_then(|resources| resources.memory().as_ref()).and_then(|memory| memory.limit()).unwrap_or(0)
 }
 
 /// A limit on a device of the host's, which the container reaches only as files; its share of all devices ("weight") is the guest's.

@@ -7,7 +7,7 @@ use generated::cri::{
 use super::*;
 use crate::config::Config;
 use crate::spec::load::{self, Role};
-use crate::spec::size::{self, Size};
+use crate::spec::size::{self, Host};
 
 fn config_of(linux: LinuxPodSandboxConfig) -> PodSandboxConfig {
     PodSandboxConfig { hostname: "fig".to_owned(), linux: Some(linux).into(), ..Default::default() }
@@ -51,11 +51,12 @@ fn a_pod_is_what_its_config_says() {
     assert_eq!((pod.hostname.as_str(), pod.cgroups_path.as_str()), ("fig", "/kubepods/pod1/s1"));
     assert_eq!(pod.netns.as_deref(), Some(Path::new("/run/netns/x")));
     assert_eq!(pod.sysctls["net.core.somaxconn"], "7");
-    let size = size::of(&spec, &Role::Sandbox, &Config::default(), 8).unwrap();
-    assert_eq!(size, Size { vcpus: 3, memory_mib: 256 + Config::default().memory_overhead_mib });
+    let host = Host { cpus: 8, memory_mib: 8192 };
+    let size = size::of(&spec, &Role::Sandbox, &Config::default(), host).unwrap();
+    assert_eq!((size.vcpus, size.ceiling_mib), (3, 256 + Config::default().memory_overhead_mib));
     config.annotations.insert("io.husk.vcpus".to_owned(), "2".to_owned());
     let spec = super::spec(&config, "s1", "k8s.io", "").unwrap();
-    assert_eq!(size::of(&spec, &Role::Sandbox, &Config::default(), 8).unwrap().vcpus, 2);
+    assert_eq!(size::of(&spec, &Role::Sandbox, &Config::default(), host).unwrap().vcpus, 2);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::guest::{GuestSpec, convert};
 use super::load::{self, Role};
 use super::mounts::MountIds;
-use super::size::{self, Size};
+use super::size::{self, Host, Size};
 use super::{SpecError, annotations};
 use crate::config::Config;
 use crate::storage::{IdMap, Propagation};
@@ -191,12 +191,10 @@ fn sources_of_the_hosts_kernel_are_the_guests_or_refused() {
 
 #[test]
 fn a_machine_follows_what_it_has_room_for() {
-    let size = Size { vcpus: 2, memory_mib: 256 };
+    let size = size(json!({"io.husk.vcpus": "2"})).unwrap();
     let fit = |value: Value, host| super::resources::fit(&serde_json::from_value(value).unwrap(), size, host);
-    assert!(fit(json!({"memory": {"limit": 256 << 20}, "cpu": {"quota": 200000, "period": 100000}}), 8).is_ok());
-    assert!(fit(json!({"memory": {"limit": -1}, "cpu": {"quota": -1}}), 8).is_ok());
-    let error = fit(json!({"memory": {"limit": (256 << 20) + 1}}), 8).unwrap_err().to_string();
-    assert!(error.contains("268435457 bytes") && error.contains("256 MiB"), "{error}");
+    assert!(fit(json!({"cpu": {"quota": 200000, "period": 100000}}), 8).is_ok());
+    assert!(fit(json!({"cpu": {"quota": -1}}), 8).is_ok());
     let error = fit(json!({"cpu": {"quota": 200001, "period": 100000}}), 8).unwrap_err().to_string();
     assert!(error.contains("3 CPUs") && error.contains("(2)"), "{error}");
     // The host itself has no more.
@@ -374,26 +372,48 @@ fn mounts_are_mapped_by_their_own_ids_or_the_pods() {
     assert!(converted(value).is_err(), "no user namespace");
 }
 
+/// A host with 8 CPUs and 5 GiB.
+const HOST: Host = Host { cpus: 8, memory_mib: 5000 };
+
 fn size(annotations: Value) -> Result<Size, SpecError> {
-    size::of(&spec(sandbox(annotations)), &Role::Sandbox, &Config::default(), 8)
+    size::of(&spec(sandbox(annotations)), &Role::Sandbox, &Config::default(), HOST)
+}
+
+/// vCPUs and the ceiling.
+fn figures(size: Size) -> (u8, u64) {
+    (size.vcpus, size.ceiling_mib)
 }
 
 #[test]
 fn size_follows_wishes_then_limits_then_the_default() {
-    assert_eq!(size(json!({})).unwrap(), Size { vcpus: 1, memory_mib: 2048 });
+    let default = size(json!({})).unwrap();
+    let wanted = Size {
+        vcpus: 1,
+        memory_mib: 256,
+        hotplug_mib: 4096,
+        ceiling_mib: 2048,
+        follows_limits: false,
+        overhead_mib: 64,
+    };
+    assert_eq!((default, default.growth_mib()), (wanted, 1792));
     let limits = json!({
         "io.kubernetes.cri.sandbox-cpu-period": "100000", "io.kubernetes.cri.sandbox-cpu-quota": "250000",
         "io.kubernetes.cri.sandbox-memory": "268435456"
     });
-    assert_eq!(size(limits).unwrap(), Size { vcpus: 3, memory_mib: 320 });
+    let limited = size(limits).unwrap();
+    assert_eq!((figures(limited), limited.memory_mib, limited.follows_limits), ((3, 320), 256, true));
     let unlimited = json!({
         "io.kubernetes.cri.sandbox-cpu-period": "100000", "io.kubernetes.cri.sandbox-cpu-quota": "0",
         "io.kubernetes.cri.sandbox-cpu-shares": "2048", "io.kubernetes.cri.sandbox-memory": "0"
     });
-    assert_eq!(size(unlimited).unwrap(), Size { vcpus: 2, memory_mib: 2048 });
+    assert_eq!(figures(size(unlimited).unwrap()), (2, 2048));
     let wishes =
         json!({"io.husk.vcpus": "4", "io.husk.memory-mib": "96", "io.kubernetes.cri.sandbox-memory": "268435456"});
-    assert_eq!(size(wishes).unwrap(), Size { vcpus: 4, memory_mib: 96 });
+    let small = size(wishes).unwrap();
+    assert_eq!((figures(small), small.memory_mib, small.growth_mib()), ((4, 96), 96, 0));
+    assert!(!small.follows_limits);
+    // No more than the host can plug in.
+    assert_eq!(size(json!({"io.husk.memory-mib": "8192"})).unwrap().ceiling_mib, 256 + 4096);
     assert_eq!(size(json!({"io.husk.vcpus": "64"})).unwrap().vcpus, 8);
 }
 
@@ -401,8 +421,8 @@ fn size_follows_wishes_then_limits_then_the_default() {
 fn size_of_a_single_container_follows_its_limits() {
     let value =
         json!({"linux": {"resources": {"memory": {"limit": 134217728}, "cpu": {"quota": 150000, "period": 100000}}}});
-    let size = size::of(&spec(value), &Role::Single, &Config::default(), 8).unwrap();
-    assert_eq!(size, Size { vcpus: 2, memory_mib: 192 });
+    let size = size::of(&spec(value), &Role::Single, &Config::default(), HOST).unwrap();
+    assert_eq!((figures(size), size.memory_mib), ((2, 192), 192));
 }
 
 #[test]

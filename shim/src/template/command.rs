@@ -15,8 +15,7 @@ use super::store::{Listed, Store, StoreError};
 use crate::config::{Config, ConfigError, MAX_VCPUS, MIN_MEMORY_MIB};
 use crate::error::chain;
 use crate::logging;
-use crate::pod::host_cpus;
-use crate::spec::size::Size;
+use crate::spec::size::{Host, Size};
 
 /// The shim's first argument.
 pub(crate) const ACTION: &str = "template";
@@ -122,10 +121,10 @@ fn build(
     if config.serial {
         return Err(CommandError::Serial);
     }
-    let size = Size {
-        vcpus: vcpus.unwrap_or(config.vcpus.min(u8::try_from(host_cpus()).unwrap_or(u8::MAX))),
-        memory_mib: memory_mib.unwrap_or(config.memory_mib),
-    };
+    let host = Host::here();
+    let vcpus = vcpus.unwrap_or(config.vcpus.min(u8::try_from(host.cpus).unwrap_or(u8::MAX)));
+    let memory_mib = memory_mib.unwrap_or(config.memory_mib.min(config.boot_memory_mib));
+    let size = Size::fixed(vcpus, memory_mib, host.hotplug_mib());
     if !(1..=MAX_VCPUS).contains(&size.vcpus) || size.memory_mib < MIN_MEMORY_MIB {
         return Err(CommandError::Size { vcpus: size.vcpus, memory_mib: size.memory_mib });
     }

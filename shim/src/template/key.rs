@@ -35,6 +35,8 @@ pub(crate) struct Inputs {
     pub(super) vcpus: u8,
     /// Memory in MiB that the machine boots with.
     pub(super) memory_mib: u64,
+    /// Most memory in MiB that can be plugged in.
+    hotplug_mib: u64,
     /// Request queues of the file system device.
     fs_request_queues: u16,
     /// The guest kernel's command line, without what differs from boot to boot.
@@ -84,6 +86,7 @@ impl Inputs {
             host_kernel: host_kernel()?,
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
+            hotplug_mib: size.hotplug_mib,
             fs_request_queues: config.fs_request_queues,
             command_line: command_line::fixed(config),
         })
@@ -108,7 +111,7 @@ impl Inputs {
 
     /// The machine's size.
     pub(super) fn size(&self) -> Size {
-        Size { vcpus: self.vcpus, memory_mib: self.memory_mib }
+        Size::fixed(self.vcpus, self.memory_mib, self.hotplug_mib)
     }
 }
 
@@ -147,7 +150,7 @@ pub(super) mod tests {
         let file = |name| directory.join(name);
         let programs =
             Programs { vmm: file("vmm"), fs: file("fs"), kernel: file("kernel"), initramfs: file("initramfs") };
-        Inputs::gather(&Config::default(), &programs, Size { vcpus: 2, memory_mib: 256 }).unwrap()
+        Inputs::gather(&Config::default(), &programs, Size::fixed(2, 256, 4096)).unwrap()
     }
 
     /// The same with another size of memory.

@@ -6,7 +6,7 @@ use std::path::Path;
 use nix::errno::Errno;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 
-use super::files;
+use super::{files, stats};
 use crate::CgroupError;
 
 /// The kernel's default CPU period, µs.
@@ -28,9 +28,7 @@ struct Setting {
 }
 
 pub(super) fn apply(directory: &Path, resources: &LinuxResources) -> Result<(), CgroupError> {
-    if let Some(memory) = resources.memory()
-        && memory.check_before_update().unwrap_or(false)
-    {
+    if let Some(memory) = resources.memory() {
         check_usage(directory, memory)?;
     }
     for setting in settings(resources)? {
@@ -180,14 +178,17 @@ fn io_settings(all: &mut Settings, io: &LinuxBlockIo) {
 }
 
 /// Lowering a limit below what is used would get something killed.
+/// What reclaim can take is not in use, but where the spec says so (checkBeforeUpdate).
 fn check_usage(directory: &Path, memory: &LinuxMemory) -> Result<(), CgroupError> {
-    let used: i64 = files::read(directory, "memory.current")?.trim().parse().unwrap_or(0);
-    match memory.limit() {
-        Some(limit) if limit > 0 && used > limit => {
-            Err(CgroupError::Invalid(format!("memory limit {limit} is below the {used} bytes in use")))
-        }
-        _ => Ok(()),
+    let Some(limit) = memory.limit().and_then(|limit| u64::try_from(limit).ok()).filter(|&limit| limit > 0) else {
+        return Ok(());
+    };
+    let strictly = memory.check_before_update().unwrap_or(false);
+    let used = if strictly { stats::current(directory)? } else { stats::held(directory)? };
+    if used <= limit {
+        return Ok(());
     }
+    Err(CgroupError::Invalid(format!("a memory limit of {limit} bytes is less than the {used} bytes that are in use")))
 }
 
 fn max_if_negative(value: i64) -> String {

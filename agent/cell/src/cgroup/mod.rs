@@ -150,11 +150,7 @@ impl Cgroup {
 
     /// Bytes charged to it and those below that reclaim can't get: all but file pages and reclaimable slab (cgroup-v2.rst, memory.stat).
     pub fn memory_held(&self) -> Result<u64, CgroupError> {
-        let stat = files::read(&self.path, "memory.stat")?;
-        let current: u64 = files::read(&self.path, "memory.current")?.trim().parse().unwrap_or(0);
-        let reclaimable =
-            ["active_file", "inactive_file", "slab_reclaimable"].map(|key| stats::lookup(&stat, key).unwrap_or(0));
-        Ok(current.saturating_sub(reclaimable.iter().sum()))
+        stats::held(&self.path)
     }
 
     /// Sets memory.high, bytes; none: no such mark. Where more is in use, this blocks while the kernel takes it back.

@@ -118,6 +118,18 @@ pub(super) fn read(directory: &Path) -> Result<Stats, CgroupError> {
     })
 }
 
+/// memory.current in bytes.
+pub(super) fn current(directory: &Path) -> Result<u64, CgroupError> {
+    Ok(number(&files::read(directory, "memory.current")?, 0))
+}
+
+/// What of it reclaim can't get, in bytes.
+pub(super) fn held(directory: &Path) -> Result<u64, CgroupError> {
+    let stat = files::read(directory, "memory.stat")?;
+    let taken_back = ["active_file", "inactive_file", "slab_reclaimable"].map(|key| lookup(&stat, key).unwrap_or(0));
+    Ok(current(directory)?.saturating_sub(taken_back.iter().sum()))
+}
+
 /// Every page size that this kernel counts.
 fn hugetlb(directory: &Path) -> Result<Vec<HugetlbStat>, CgroupError> {
     let mut stats = Vec::new();
