@@ -568,7 +568,7 @@ async fn a_lost_connection_ends_everything() {
         assert!(Instant::now() < deadline, "the agent is still there");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let directory = Path::new("/sys/fs/cgroup").join(cgroup("c"));
+    let directory = Path::new("/sys/fs/cgroup/pod").join(cgroup("c"));
     assert_eq!(std::fs::read_to_string(directory.join("cgroup.procs")).unwrap(), "");
     std::fs::remove_dir(directory).unwrap();
 }
