@@ -1,5 +1,6 @@
 """A private containerd (the first in PATH) with a CNI bridge and the runtimes runc and husk, for one run of tests."""
 
+import contextlib
 import functools
 import json
 import os
@@ -156,9 +157,14 @@ class Containerd:
             self.loaded.add(name)
 
     def stop(self):
-        """Ends the daemon; the pods stay, as on a real node."""
+        """Ends the daemon; the pods stay, as on a real node. husk's configuration is again as it was."""
         self.process.terminate()
         self.process.wait(30)
+        TEMPLATES.unlink(missing_ok=True)
+        for folder in (TEMPLATES.parent, TEMPLATES.parent.parent):
+            # Not where an operator has something in it.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def kill(self):
         """Ends the daemon without a chance to tidy up."""

@@ -38,7 +38,7 @@ const CONFIG_MAX: u64 = 1 << 20;
 /// by number. It opens nothing by path.
 ///
 /// Exit codes: 0 the guest powered off or the shim asked for the end; 1 the VMM failed, see the last line of its log on standard
-/// error; 3 the guest reset itself; 4 the guest's kernel panicked.
+/// error; 3 the guest reset itself; 4 the guest's kernel panicked; 5 the snapshot to go on from can't be used, see the same line.
 ///
 /// HUSK_LOG sets what is logged, as in "debug" or "husk_vmm=trace"; without it, "info".
 #[derive(Parser)]
@@ -57,7 +57,8 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_env_filter(filter).init();
     let reason = run(args.config_fd, phases).unwrap_or_else(|error| {
         tracing::error!("{}", chain(error.as_ref()));
-        ExitReason::Failed
+        let of_snapshot = error.downcast_ref().is_some_and(machine::BuildError::is_of_snapshot);
+        if of_snapshot { ExitReason::Snapshot } else { ExitReason::Failed }
     });
     ExitCode::from(reason.code())
 }

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use husk_agent_api::RPC_PORT;
+use husk_vmm_api::exit::ExitReason;
 use tokio::net::UnixStream;
 use tracing::{debug, warn};
 
@@ -22,6 +23,7 @@ use crate::peer::PeerError;
 use crate::peer::agent::Agent;
 use crate::peer::dial::Dial;
 use crate::peer::fs;
+use crate::peer::helper::Helper;
 use crate::peer::vmm::{self, Beginning, Net, Snapshot, Vmm};
 use crate::random;
 use crate::template::{self, Template};
@@ -77,8 +79,11 @@ pub(super) async fn boot(
     on(request, programs, held, (dial, vmm_dial), begun, stream).await
 }
 
-/// Lets a template's machine go on. If that fails for a reason that may be the template's, the template is removed, and there is nothing;
-/// `ends` can then be used for a boot.
+/// Longest wait for husk-fs's end once the VMM has ended.
+const FS_LIMIT: Duration = Duration::from_secs(1);
+
+/// Lets a template's machine go on. Where that fails and a boot may do better, there is nothing, and `ends` can be used for that; if it was the
+/// template's own fault, the template is removed.
 pub(super) async fn restore(
     request: &Request<'_>,
     programs: &Programs,
@@ -108,14 +113,35 @@ pub(super) async fn restore(
     // Without a VMM, or where it was killed, a boot would fare no better.
     let killed = |vmm: &Vmm| vmm.helper.status().and_then(|status| status.signal()) == Some(libc::SIGKILL);
     let Some(vmm) = held.vmm.take_if(|vmm| !killed(vmm)) else { return Err(error) };
-    warn!("the template {} is removed, and the pod starts without: {}", template.name, chain(&error));
+    let is_unfit = is_templates_fault(&error, &vmm, held.fs.as_ref()).await;
+    let fate = if is_unfit { "removed" } else { "kept, since the fault is not its own" };
+    warn!("the pod starts without the template {}, which is {fate}: {}", template.name, chain(&error));
     vmm.helper.end(KILL_LIMIT).await;
     if let Some(fs) = held.fs.take() {
         fs.end(KILL_LIMIT).await;
     }
-    template::discard(template);
+    if is_unfit {
+        template::discard(template);
+    }
     ends.fs = Some(start_fs(request, programs, held)?);
     Ok(None)
+}
+
+/// Whether a machine that did not come as far as its agent's hello shows that its template is of no use to any pod.
+async fn is_templates_fault(error: &BootError, vmm: &Vmm, fs: Option<&Helper>) -> bool {
+    let Some(status) = vmm.helper.status() else {
+        return matches!(error, BootError::Silent { .. } | BootError::Peer(PeerError::Hello(_)));
+    };
+    match status.code().map(ExitReason::from_code) {
+        Some(ExitReason::Snapshot) => true,
+        Some(ExitReason::Panic | ExitReason::Reset | ExitReason::PowerOff) => {
+            // husk-fs ends well where the VMM goes before it. A guest whose husk-fs goes first can do all of that.
+            let Some(fs) = fs else { return true };
+            tokio::time::timeout(FS_LIMIT, fs.ended()).await.is_ok_and(|status| status.success())
+        }
+        // The VMM itself failed, or was killed.
+        Some(ExitReason::Failed) | None => false,
+    }
 }
 
 /// What a machine is to begin from, and be joined with.

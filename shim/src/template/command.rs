@@ -20,6 +20,9 @@ use crate::spec::size::{Host, Size};
 /// The shim's first argument.
 pub(crate) const ACTION: &str = "template";
 
+/// Longest wait for other builds, each of which takes 120 s at most.
+const LOCK_LIMIT: Duration = Duration::from_secs(240);
+
 /// What to do.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -130,7 +133,7 @@ fn build(
     }
     let lock = match settled {
         Some(lock) => lock,
-        None => store.lock()?,
+        None => store.lock(LOCK_LIMIT)?,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let built = runtime.map_err(process("start the runtime"))?.block_on(build::build(&config, store, size, &lock));

@@ -8,9 +8,18 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::NOTES;
 use crate::config::{Config, Programs};
 use crate::pod::command_line;
 use crate::spec::size::Size;
+
+/// The processor as the host's kernel sees it, and the microcode that can be given to it at any time (its absence tells nothing: virtual machines
+/// have none).
+const CPU_INFO_PATH: &str = "/proc/cpuinfo";
+const MICROCODE_PATH: &str = "/sys/devices/system/cpu/cpu0/microcode/version";
+
+/// Where the processor is noted until the host's next boot, which is cheaper to read.
+const PROCESSOR_NOTE: &str = "processor";
 
 /// Bytes looked at of /proc/cpuinfo: more than the first processor's part has.
 const CPU_INFO: u64 = 4 << 10;
@@ -27,6 +36,8 @@ pub(crate) struct Inputs {
     initramfs: FileIdentity,
     /// husk-vmm.
     vmm: FileIdentity,
+    /// The shim, which gives the machine its devices.
+    shim: FileIdentity,
     /// The host's processor: its first entry of /proc/cpuinfo, without the frequency of the moment.
     processor: String,
     /// The host's kernel, whose KVM it was: release and version as uname(2) gives them.
@@ -82,7 +93,10 @@ impl Inputs {
             kernel: identity(&programs.kernel)?,
             initramfs: identity(&programs.initramfs)?,
             vmm: identity(&programs.vmm)?,
-            processor: processor(Path::new("/proc/cpuinfo"))?,
+            shim: identity(Path::new("/proc/self/exe"))?,
+            processor: noted(&Path::new(NOTES).join(PROCESSOR_NOTE), Path::new(MICROCODE_PATH), || {
+                processor(Path::new(CPU_INFO_PATH))
+            })?,
             host_kernel: host_kernel()?,
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
@@ -92,11 +106,20 @@ impl Inputs {
         })
     }
 
+    /// All of them in one line.
+    pub(super) fn text(&self) -> String {
+        // Numbers and strings can't fail to be JSON.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
     /// A short name, the same for the same inputs; others have it too with a chance of 1 to 4 billion.
     pub(crate) fn name(&self) -> String {
-        // Numbers and strings can't fail to be JSON.
-        let text = serde_json::to_vec(self).unwrap_or_default();
-        format!("{}cpu-{}mib-{:08x}", self.vcpus, self.memory_mib, crc32fast::hash(&text))
+        self.name_by(&self.text())
+    }
+
+    /// The name where the text is known.
+    pub(super) fn name_by(&self, text: &str) -> String {
+        format!("{}cpu-{}mib-{:08x}", self.vcpus, self.memory_mib, crc32fast::hash(text.as_bytes()))
     }
 
     /// The fields in which these differ from others.
@@ -128,6 +151,27 @@ fn processor(path: &Path) -> Result<String, InputError> {
     let first = text.split("\n\n").next().unwrap_or_default();
     let lines = first.lines().filter(|line| !line.starts_with("cpu MHz"));
     Ok(lines.collect::<Vec<_>>().join("\n"))
+}
+
+/// The processor as it was noted since the host's boot; what `read` gives is noted. The note's first line tells a torn note, and one of other
+/// microcode, from a good one.
+fn noted(
+    note: &Path,
+    microcode: &Path,
+    read: impl FnOnce() -> Result<String, InputError>,
+) -> Result<String, InputError> {
+    let microcode = fs::read_to_string(microcode).unwrap_or_default();
+    let head = |text: &str| format!("{:08x} {}", crc32fast::hash(text.as_bytes()), microcode.trim());
+    if let Ok(noted) = fs::read_to_string(note)
+        && let Some((first, text)) = noted.split_once('\n')
+        && first == head(text)
+    {
+        return Ok(text.to_owned());
+    }
+    let text = read()?;
+    // Before the first template there is no directory for it.
+    let _ = fs::write(note, format!("{}\n{text}", head(&text)));
+    Ok(text)
 }
 
 fn host_kernel() -> Result<String, InputError> {
@@ -172,6 +216,22 @@ pub(super) mod tests {
         assert_eq!(other.differences(&before), ["command_line", "memory_mib"]);
         fs::remove_file(directory.path().join("vmm")).unwrap();
         assert!(identity(&directory.path().join("vmm")).is_err());
+    }
+
+    #[test]
+    fn the_processor_is_read_once_a_boot() {
+        let directory = tempfile::tempdir().unwrap();
+        let (note, microcode) = (directory.path().join("processor"), directory.path().join("version"));
+        let seen = |text: &str| noted(&note, &microcode, || Ok(text.to_owned())).unwrap();
+        assert_eq!((seen("a\nb"), seen("other")), ("a\nb".to_owned(), "a\nb".to_owned()));
+        fs::write(&microcode, "0x1\n").unwrap();
+        assert_eq!((seen("c"), seen("other")), ("c".to_owned(), "c".to_owned()));
+        for torn in ["", "0", "1 0x1\nc", "00000000 0x1\nx"] {
+            fs::write(&note, torn).unwrap();
+            assert_eq!((seen("d"), seen("other")), ("d".to_owned(), "d".to_owned()));
+        }
+        let nowhere = directory.path().join("none/processor");
+        assert_eq!(noted(&nowhere, &microcode, || Ok("e".to_owned())).unwrap(), "e");
     }
 
     #[test]

@@ -19,11 +19,15 @@ use crate::spec::size::Size;
 pub(crate) use key::Inputs;
 use store::{Store, StoreError};
 
-/// Hardware address of a template's only network interface (locally administered); a pod's own is set after the restore.
-pub(crate) const MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
+/// Where it is noted which templates were verified since the host's boot, and which could not be built.
+const NOTES: &str = "/run/husk/.templates";
+
+/// Hardware address of a template's only network interface: locally administered, and "husk" in ASCII so that it is nobody's. A pod's own is set
+/// after the restore; its interface still shows this one as permanent address.
+pub(crate) const MAC: [u8; 6] = [0x02, 0x68, 0x75, 0x73, 0x6b, 0];
 
 /// As the agent is told it.
-pub(crate) const MAC_TEXT: &str = "02:00:00:00:00:01";
+pub(crate) const MAC_TEXT: &str = "02:68:75:73:6b:00";
 
 /// The largest MTU of a template's network interface in bytes: any pod's is below it.
 pub(crate) const MTU: u16 = u16::MAX;

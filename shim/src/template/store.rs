@@ -7,6 +7,7 @@ use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::{Duration, SystemTime};
 
 use husk_snapshot::{FormatError, MemoryError};
@@ -15,19 +16,20 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use super::Template;
+use super::{NOTES, Template};
 use super::key::{FileIdentity, Inputs};
 use crate::error::chain;
 use crate::peer::vmm::Snapshot;
+use crate::random;
 
 /// Where templates are.
 const ROOT: &str = "/var/lib/husk/templates";
 
-/// Where it is noted which of them were verified since the host's boot, and which could not be built.
-const NOTES: &str = "/run/husk/.templates";
-
 /// Templates kept; the least recently used go.
 const KEPT: usize = 8;
+
+/// A template's manifest among its files.
+const MANIFEST: &str = "manifest.json";
 
 /// Largest manifest in bytes.
 const MAX_MANIFEST: u64 = 64 << 10;
@@ -40,6 +42,9 @@ const USE_GRAIN: Duration = Duration::from_secs(3600);
 
 /// How long a failed build keeps pods from starting another.
 const FAILURE_REST: Duration = Duration::from_secs(600);
+
+/// The lock's file.
+const LOCK: &str = ".lock";
 
 /// Beginnings of the names of what is being made and taken away. No template's name begins so.
 const BUILDING: &str = ".building-";
@@ -92,6 +97,16 @@ pub(crate) enum StoreError {
         /// The mode that it must have.
         mode: u32,
     },
+    /// Another process makes or removes templates, and does not come to an end.
+    #[error("waited {limit:?} for {path}, the right to make templates, which {holder} has", path = path.display())]
+    Locked {
+        /// The lock.
+        path: PathBuf,
+        /// How long.
+        limit: Duration,
+        /// Who has it.
+        holder: String,
+    },
     /// The template is broken and of no use to anybody.
     #[error("the template {path} is damaged: {what}", path = path.display())]
     Damaged {
@@ -107,8 +122,13 @@ pub(crate) enum StoreError {
 pub(crate) struct Lock(File);
 
 impl Lock {
-    /// One that was inherited.
-    pub(super) fn of(file: File) -> Self {
+    /// One that this process has taken or inherited. Whoever waits for it in vain reads in its file who has it.
+    pub(super) fn of(mut file: File) -> Self {
+        use std::io::Seek;
+        let note = format!("{:<10}\n", std::process::id());
+        if let Err(error) = file.rewind().and_then(|()| file.write_all(note.as_bytes())) {
+            warn!("cannot note in the lock of the templates who has it: {error}");
+        }
         Self(file)
     }
 
@@ -126,7 +146,8 @@ impl Store {
 
     /// The template that fits `inputs`, its files open and sound.
     pub(crate) fn find(&self, inputs: &Inputs) -> Result<Option<(Template, Snapshot)>, StoreError> {
-        let name = inputs.name();
+        let text = inputs.text();
+        let name = inputs.name_by(&text);
         let directory = self.root.join(&name);
         if !self.is_there()? {
             return Ok(None);
@@ -134,33 +155,50 @@ impl Store {
         let Some(metadata) = entry(&directory)? else { return Ok(None) };
         check(&directory, &metadata, Kind::Directory)?;
         let inode = metadata.ino();
-        let damaged = |what: String| StoreError::Damaged { path: directory.clone(), what };
+        let ((state, state_metadata), (memory, memory_metadata)) =
+            (open(&directory, "state")?, open(&directory, "memory")?);
+        let path = directory.join(MANIFEST);
+        let manifest = entry(&path)?.ok_or_else(|| missing(&directory, MANIFEST))?;
+        check(&path, &manifest, Kind::File)?;
 
-        let manifest = self.manifest(&directory)?;
+        let stamp = stamp(&state_metadata, &memory_metadata, &manifest, &text);
+        let noted = fs::read_to_string(self.notes.join(&name)).ok();
+        let nonce = match noted.as_deref().and_then(|noted| noted.strip_suffix(&stamp)).and_then(parse_nonce) {
+            Some(nonce) => nonce,
+            None => {
+                let Some(nonce) = self.inspect(&directory, inputs, (&state, &memory))? else { return Ok(None) };
+                self.note(&name, &nonce, &stamp);
+                nonce
+            }
+        };
+        self.note_use(&path, &manifest);
+        let template = Template { name, nonce, directory, inode };
+        Ok(Some((template, Snapshot { state: state.into(), memory: memory.into() })))
+    }
+
+    /// Looks at all of a template: its nonce, if it fits `inputs`.
+    fn inspect(
+        &self,
+        directory: &Path,
+        inputs: &Inputs,
+        (state, memory): (&File, &File),
+    ) -> Result<Option<[u8; 16]>, StoreError> {
+        let damaged = |what: String| StoreError::Damaged { path: directory.to_owned(), what };
+        let unreadable =
+            |source| StoreError::Io { doing: "read the template in", path: directory.to_owned(), source };
+        let manifest = self.manifest(directory)?;
         if manifest.inputs != *inputs {
             return Ok(None);
         }
-        let nonce = u128::from_str_radix(&manifest.nonce, 16).ok().filter(|_| manifest.nonce.len() == 32);
-        let nonce = nonce.ok_or_else(|| damaged("its nonce is none".to_owned()))?.to_be_bytes();
-        let (state, memory) = (open(&directory, "state")?, open(&directory, "memory")?);
-        let identities = [&state, &memory].map(|(_, metadata)| FileIdentity::of(metadata));
-        let (state, (memory, metadata)) = (state.0, memory);
-        if metadata.len() != manifest.memory_length {
+        let nonce = parse_nonce(&manifest.nonce).ok_or_else(|| damaged("its nonce is none".to_owned()))?;
+        if memory.metadata().map_err(unreadable)?.len() != manifest.memory_length {
             return Err(damaged("its memory has another length than it should".to_owned()));
         }
-        let template = Template { name, nonce, directory: directory.clone(), inode };
-        let note = format!("{identities:?}");
-        if !self.is_noted(&template.name, &note) {
-            verify(&state, &memory).map_err(|error| match error {
-                VerifyError::Read(source) => {
-                    StoreError::Io { doing: "read the template in", path: directory.clone(), source }
-                }
-                broken => damaged(chain(&broken)),
-            })?;
-            self.note(&template.name, &note);
-        }
-        self.note_use(&directory);
-        Ok(Some((template, Snapshot { state: state.into(), memory: memory.into() })))
+        verify(state, memory).map_err(|error| match error {
+            VerifyError::Read(source) => unreadable(source),
+            broken => damaged(chain(&broken)),
+        })?;
+        Ok(Some(nonce))
     }
 
     /// Whether there is a root directory, as it must be.
@@ -173,10 +211,10 @@ impl Store {
 
     fn manifest(&self, directory: &Path) -> Result<Manifest, StoreError> {
         let mut text = Vec::new();
-        let (file, _) = open(directory, "manifest.json")?;
+        let (file, _) = open(directory, MANIFEST)?;
         file.take(MAX_MANIFEST + 1).read_to_end(&mut text).map_err(|source| StoreError::Io {
             doing: "read",
-            path: directory.join("manifest.json"),
+            path: directory.join(MANIFEST),
             source,
         })?;
         serde_json::from_slice(&text).map_err(|error| StoreError::Damaged {
@@ -190,15 +228,37 @@ impl Store {
         let file = self.lock_file()?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => Ok(None),
-            locked => locked.map(|()| Some(Lock(file))).map_err(|errno| self.failed("lock")(errno.into())),
+            locked => locked.map(|()| Some(Lock::of(file))).map_err(|errno| self.failed("lock")(errno.into())),
         }
     }
 
-    /// Waits for the lock as long as others take: what they do has a deadline.
-    pub(super) fn lock(&self) -> Result<Lock, StoreError> {
+    /// Waits for the lock, but no longer than `limit`. After that this process must end: it still has a thread that waits.
+    pub(super) fn lock(&self, limit: Duration) -> Result<Lock, StoreError> {
+        if let Some(lock) = self.try_lock()? {
+            return Ok(lock);
+        }
         let file = self.lock_file()?;
-        flock(&file, FlockOperation::LockExclusive).map_err(|errno| self.failed("lock")(errno.into()))?;
-        Ok(Lock(file))
+        let (done, taken) = mpsc::channel();
+        // flock(2) knows no time limit.
+        let wait = move || {
+            let _ = done.send(flock(&file, FlockOperation::LockExclusive).map(|()| file));
+        };
+        std::thread::Builder::new().spawn(wait).map_err(self.failed("wait for the lock in"))?;
+        match taken.recv_timeout(limit) {
+            Ok(locked) => locked.map(Lock::of).map_err(|errno| self.failed("lock")(errno.into())),
+            Err(_) => Err(StoreError::Locked { path: self.root.join(LOCK), limit, holder: self.holder() }),
+        }
+    }
+
+    /// Who has the lock.
+    fn holder(&self) -> String {
+        let noted = fs::read_to_string(self.root.join(LOCK)).ok();
+        let Some(pid) = noted.and_then(|noted| noted.trim().parse::<u32>().ok()) else {
+            return "a process that has not said which".to_owned();
+        };
+        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words = String::from_utf8_lossy(&words).trim_end_matches('\0').replace('\0', " ");
+        if words.is_empty() { format!("process {pid}, which is gone") } else { format!("process {pid} ({words})") }
     }
 
     fn lock_file(&self) -> Result<File, StoreError> {
@@ -211,7 +271,7 @@ impl Store {
                 made => made.map_err(self.failed("make"))?,
             }
         }
-        let path = self.root.join(".lock");
+        let path = self.root.join(LOCK);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
         let file = options.open(&path);
@@ -258,7 +318,7 @@ impl Store {
             let path = path.to_owned();
             move |source| StoreError::Io { doing, path, source }
         };
-        let path = made.join("manifest.json");
+        let path = made.join(MANIFEST);
         let write = || {
             let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
             file.write_all(&serde_json::to_vec_pretty(manifest)?)?;
@@ -273,10 +333,10 @@ impl Store {
         }
         fs::rename(made, &directory).map_err(failed("rename", made))?;
         File::open(&self.root).and_then(|root| root.sync_all()).map_err(failed("sync", &self.root))?;
-        let identities = ["state", "memory"].map(|file| fs::metadata(directory.join(file)));
-        if let [Ok(state), Ok(memory)] = &identities {
+        let files = ["state", "memory", MANIFEST].map(|file| fs::symlink_metadata(directory.join(file)));
+        if let ([Ok(state), Ok(memory), Ok(file)], Some(nonce)) = (&files, parse_nonce(&manifest.nonce)) {
             // It lies in the host's memory as it was written.
-            self.note(&name, &format!("{:?}", [state, memory].map(FileIdentity::of)));
+            self.note(&name, &nonce, &stamp(state, memory, file, &manifest.inputs.text()));
         }
         let _ = fs::remove_file(self.failure(&name));
         self.sweep(lock);
@@ -353,7 +413,7 @@ impl Store {
             });
             let bytes =
                 ["state", "memory"].map(|file| fs::metadata(directory.join(file)).map_or(0, |m| m.blocks() * 512));
-            let used = fs::metadata(directory.join("manifest.json")).and_then(|metadata| metadata.modified());
+            let used = fs::metadata(directory.join(MANIFEST)).and_then(|metadata| metadata.modified());
             found.push(Listed {
                 name: name.to_owned(),
                 manifest,
@@ -365,13 +425,10 @@ impl Store {
         found
     }
 
-    /// Whether this very template was verified since the host's boot.
-    fn is_noted(&self, name: &str, note: &str) -> bool {
-        fs::read(self.notes.join(name)).is_ok_and(|noted| noted == note.as_bytes())
-    }
-
-    fn note(&self, name: &str, note: &str) {
+    /// Notes that this very template was verified since the host's boot, and what its agent's hello will say.
+    fn note(&self, name: &str, nonce: &[u8; 16], stamp: &str) {
         let path = self.notes.join(name);
+        let note = random::hex(nonce) + stamp;
         if let Err(error) = self.make_notes().and_then(|()| fs::write(&path, note)) {
             warn!("cannot note in {} that the template is sound: {error}", path.display());
         }
@@ -412,11 +469,10 @@ impl Store {
     }
 
     /// Notes the use by the manifest's time. Where that can't be, it will be thought unused.
-    fn note_use(&self, directory: &Path) {
-        let path = directory.join("manifest.json");
-        let is_fresh = |path: &Path| Some(fs::metadata(path).ok()?.modified().ok()?.elapsed().ok()? < USE_GRAIN);
-        if !is_fresh(&path).unwrap_or(false) {
-            let _ = File::open(&path).and_then(|file| file.set_modified(SystemTime::now()));
+    fn note_use(&self, manifest: &Path, metadata: &Metadata) {
+        let age = metadata.modified().ok().and_then(|modified| modified.elapsed().ok());
+        if age.is_none_or(|age| age >= USE_GRAIN) {
+            let _ = File::open(manifest).and_then(|file| file.set_modified(SystemTime::now()));
         }
     }
 
@@ -484,15 +540,30 @@ fn check(path: &Path, metadata: &Metadata, kind: Kind) -> Result<(), StoreError>
     Err(StoreError::Foreign { path: path.to_owned(), what, kind, mode: wanted })
 }
 
+fn missing(directory: &Path, name: &str) -> StoreError {
+    StoreError::Damaged { path: directory.to_owned(), what: format!("its file {name} is not there") }
+}
+
+/// What tells a template that was verified from one that is or was at its place at another time, and from one of other inputs. The manifest's time is
+/// that of the last use.
+fn stamp(state: &Metadata, memory: &Metadata, manifest: &Metadata, inputs: &str) -> String {
+    let files = [state, memory].map(FileIdentity::of);
+    format!("\n{files:?} {} {} {}\n{inputs}", manifest.dev(), manifest.ino(), manifest.len())
+}
+
+/// A nonce of 32 hexadecimal digits.
+fn parse_nonce(text: &str) -> Option<[u8; 16]> {
+    let number = u128::from_str_radix(text, 16).ok().filter(|_| text.len() == 32 && !text.starts_with('+'));
+    number.map(u128::to_be_bytes)
+}
+
 /// Opens a file of a template.
 fn open(directory: &Path, name: &str) -> Result<(File, Metadata), StoreError> {
     let path = directory.join(name);
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
     let opened = file.and_then(|file| file.metadata().map(|metadata| (file, metadata)));
     let (file, metadata) = opened.map_err(|source| match source.kind() {
-        ErrorKind::NotFound => {
-            StoreError::Damaged { path: directory.to_owned(), what: format!("its file {name} is not there") }
-        }
+        ErrorKind::NotFound => missing(directory, name),
         _ => StoreError::Io { doing: "open", path: path.clone(), source },
     })?;
     check(&path, &metadata, Kind::File)?;

@@ -13,6 +13,8 @@ pub enum ExitReason {
     Reset,
     /// The guest's kernel panicked.
     Panic,
+    /// The snapshot to go on from is damaged, or of another machine or processor; the last line of log says how.
+    Snapshot,
 }
 
 impl ExitReason {
@@ -23,6 +25,7 @@ impl ExitReason {
             Self::Failed => 1,
             Self::Reset => 3,
             Self::Panic => 4,
+            Self::Snapshot => 5,
         }
     }
 
@@ -32,6 +35,7 @@ impl ExitReason {
             0 => Self::PowerOff,
             3 => Self::Reset,
             4 => Self::Panic,
+            5 => Self::Snapshot,
             _ => Self::Failed,
         }
     }
@@ -44,6 +48,7 @@ impl fmt::Display for ExitReason {
             Self::Failed => "the VMM failed",
             Self::Reset => "the guest reset itself",
             Self::Panic => "the guest's kernel panicked",
+            Self::Snapshot => "the snapshot can't be used",
         })
     }
 }

@@ -53,6 +53,13 @@ pub(crate) enum RestoreError {
     Function(#[from] SavedError),
 }
 
+impl RestoreError {
+    /// Whether the state is another machine's.
+    pub(crate) fn is_of_other_machine(&self) -> bool {
+        matches!(self, Self::Count { .. } | Self::Function(SavedError::Other { .. }))
+    }
+}
+
 /// The bus. Device 0 of it, the host bridge, has no place here.
 pub(crate) struct PciBus {
     places: [Place; DEVICES],

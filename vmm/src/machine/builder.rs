@@ -64,6 +64,16 @@ pub(crate) enum BuildError {
     /// The region for memory that is plugged in later.
     #[error("The memory that can be plugged in is {0} MiB, no multiple of {HOTPLUG_MIB}")]
     Hotplug(u64),
+    /// A figure of a snapshot's machine.
+    #[error("The snapshot's machine has {has} {what}, this one {wants}")]
+    Other {
+        /// Of what.
+        what: &'static str,
+        /// How many it has.
+        has: u64,
+        /// How many there should be.
+        wants: u64,
+    },
     /// KVM is too old or no KVM.
     #[error("KVM can't do {0}")]
     Unsupported(String),
@@ -103,6 +113,19 @@ pub(crate) enum BuildError {
     /// A snapshot's devices.
     #[error(transparent)]
     SavedDevice(#[from] RestoreError),
+}
+
+impl BuildError {
+    /// Whether a snapshot is damaged, or of another machine or processor: where it was taken anew it would do. A device that refuses its state
+    /// is none of that: the host's side of it is more likely to have failed than a state whose checksum is right.
+    pub(crate) fn is_of_snapshot(&self) -> bool {
+        match self {
+            Self::Other { .. } | Self::State(_) | Self::SavedVcpu(_) => true,
+            Self::SavedMemory(error) => !matches!(error, husk_snapshot::MemoryError::Guest { .. }),
+            Self::SavedDevice(error) => error.is_of_other_machine(),
+            _ => false,
+        }
+    }
 }
 
 fn kvm<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> BuildError {
@@ -237,14 +260,12 @@ fn restore(
     buses: &Buses,
 ) -> Result<(), BuildError> {
     if state.vcpus.len() != vcpus.len() {
-        let what = "The number of the snapshot's vCPUs";
-        let wants = vcpus.len() as u64;
-        return Err(BuildError::Config { what, value: state.vcpus.len() as u64, least: wants, most: wants });
+        let (has, wants) = (state.vcpus.len() as u64, vcpus.len() as u64);
+        return Err(BuildError::Other { what: "vCPUs", has, wants });
     }
     if state.hotplug_mib != config.hotplug_mib {
-        let what = "The memory in MiB that can be plugged into the snapshot's machine";
-        let wants = config.hotplug_mib;
-        return Err(BuildError::Config { what, value: state.hotplug_mib, least: wants, most: wants });
+        let (has, wants) = (state.hotplug_mib, config.hotplug_mib);
+        return Err(BuildError::Other { what: "MiB that can be plugged in", has, wants });
     }
     state.controllers.restore(vm).map_err(kvm("restore the interrupt controllers and the clock"))?;
     vcpus.iter().zip(&state.vcpus).try_for_each(|(vcpu, state)| vcpu.restore(state))?;

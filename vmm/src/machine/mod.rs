@@ -32,7 +32,7 @@ use husk_virtio::transport::saved::SavedError;
 use husk_vmm_api::exit::ExitReason;
 use kvm_ioctls::VmFd;
 
-pub(crate) use builder::{build, check};
+pub(crate) use builder::{BuildError, build, check};
 pub(crate) use devices::EventLoop;
 pub(crate) use disks::{DiskError, Disks};
 pub(crate) use ending::{Ending, EndingSubscriber};
