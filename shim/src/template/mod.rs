@@ -49,7 +49,7 @@ pub(crate) struct Template {
 pub(crate) struct Sought {
     /// The template that it goes on from.
     pub(crate) found: Option<(Template, Snapshot)>,
-    /// What a template for it would be made of, if there is none and one is to be built.
+    /// What a template for it is made of, if one is to be built where there is none that is sound.
     pub(crate) wanted: Option<Inputs>,
 }
 
@@ -67,9 +67,8 @@ pub(crate) fn seek(config: &Config, programs: &Programs, size: Size) -> Sought {
         }
     };
     let store = Store::of_host();
-    match store.find(&inputs) {
-        Ok(found @ Some(_)) => return Sought { found, wanted: None },
-        Ok(None) => {}
+    let found = match store.find(&inputs) {
+        Ok(found) => found,
         Err(error) => {
             warn!("the pod starts without a template: {}", chain(&error));
             if !matches!(error, StoreError::Damaged { .. }) {
@@ -78,9 +77,10 @@ pub(crate) fn seek(config: &Config, programs: &Programs, size: Size) -> Sought {
             if let Err(error) = store.remove_named(&inputs.name()) {
                 warn!("{}", chain(&error));
             }
+            None
         }
-    }
-    Sought { found: None, wanted: (config.templates == Templates::Auto).then_some(inputs) }
+    };
+    Sought { found, wanted: (config.templates == Templates::Auto).then_some(inputs) }
 }
 
 /// Removes a template from which a pod could not start.
