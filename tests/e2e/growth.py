@@ -6,8 +6,9 @@ import tempfile
 import time
 
 from harness.crictl import crictl, exit_code, pod
-from harness.runner import full
+from harness.runner import deadline, full
 
+from . import template
 from .resources import exited, limits, setting
 
 # What a program takes in all, in MiB: more than a machine starts with. An emulated one touches 30 MiB a second.
@@ -102,21 +103,43 @@ def test_files_do_not_take_all():
         assert total(box) > 512 and kills(box) == 0
 
 
+def _follows_resizes(box):
+    """Raises the limit of a container in a pod with little memory beyond what the pod could have, tries what is refused, and lowers it."""
+    crictl("update", "--memory", 400 << 20, box.id)
+    timed(box, take(350))
+    assert 350 < total(box) <= 400 + 64 and kills(box) == 0
+    said = crictl("update", "--memory", 1 << 40, box.id, check=False)
+    assert said.returncode and str(1 << 40) in said.stderr and re.search(r"\d+ MiB is the most", said.stderr), said.stderr
+    box.exec("sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=48 2> /dev/null")
+    said = crictl("update", "--memory", 32 << 20, box.id, check=False)
+    assert said.returncode and str(32 << 20) in said.stderr and "in use" in said.stderr, said.stderr
+    assert setting(box, "memory.max") == str(400 << 20) and box.exec("echo", "unharmed") == "unharmed"
+    crictl("update", "--memory", 200 << 20, box.id)
+    settles(lambda: total(box) <= 256 + 8)
+    timed(box, take(128))
+    assert kills(box) == 0
+
+
 def test_resize_in_place():
     """A container's memory limit is raised beyond what the pod could have, and the machine follows; lowered again, the memory goes back. A limit
     for which the machine would be larger than the host, or below what is used, is refused with figures, and the old one stays."""
     with pod(linux=limits(memory_limit_in_bytes=128 << 20)) as it:
-        box = it.start(["sleep", "1000"], linux=limits(memory_limit_in_bytes=128 << 20))
-        crictl("update", "--memory", 400 << 20, box.id)
-        timed(box, take(350))
-        assert 350 < total(box) <= 400 + 64 and kills(box) == 0
-        said = crictl("update", "--memory", 1 << 40, box.id, check=False)
-        assert said.returncode and str(1 << 40) in said.stderr and re.search(r"\d+ MiB is the most", said.stderr), said.stderr
-        box.exec("sh", "-c", "dd if=/dev/zero of=/dev/shm/x bs=1M count=48 2> /dev/null")
-        said = crictl("update", "--memory", 32 << 20, box.id, check=False)
-        assert said.returncode and str(32 << 20) in said.stderr and "in use" in said.stderr, said.stderr
-        assert setting(box, "memory.max") == str(400 << 20) and box.exec("echo", "unharmed") == "unharmed"
-        crictl("update", "--memory", 200 << 20, box.id)
-        settles(lambda: total(box) <= 256 + 8)
-        timed(box, take(128))
-        assert kills(box) == 0
+        _follows_resizes(it.start(["sleep", "1000"], linux=limits(memory_limit_in_bytes=128 << 20)))
+
+
+@deadline(240)
+def test_grows_from_a_template(containerd):
+    """Pods that go on from one template grow as those that booted: one on demand, another as its container's limit is raised and lowered, with the same
+    refusals."""
+    with template.around():
+        template.build(256)
+        log = template.Log(containerd)
+        with pod() as it:
+            box = it.start(["sleep", "1000"])
+            assert total(box) <= 256, total(box)
+            first, large = timed(box, take(MUCH)), total(box)
+            print(f"    {MUCH} MiB are taken in {first:.2f} s; the machine has {large} MiB", flush=True)
+            assert MUCH < large <= 2048 and kills(box) == 0, (large, setting(box, "memory.events"))
+        with pod(linux=limits(memory_limit_in_bytes=256 << 20)) as it:
+            _follows_resizes(it.start(["sleep", "1000"], linux=limits(memory_limit_in_bytes=256 << 20)))
+        assert log.starts() == ["template"] * 2, log.said()

@@ -1,11 +1,14 @@
 """What must be one pod's alone is so in pods from one template. A pod shows that it is from one by the kernel command line."""
 
 import base64
+import concurrent.futures
 import socket
 import struct
 import time
 
 from harness.cni import ip, netns, single
+from harness.crictl import crictl
+from harness.runner import deadline
 
 from .template import MEMORY, around, build, small
 
@@ -70,6 +73,25 @@ def _has_the_time(box):
     assert not wrong, wrong
 
 
+def _has_no_machine_id(box):
+    """There is no machine id but that of an image: neither the guest's files nor its firmware tell one that two pods could share."""
+    said = box.exec("sh", "-c", "cat /etc/machine-id /var/lib/dbus/machine-id /sys/class/dmi/id/product_uuid /sys/hypervisor/uuid 2> /dev/null; echo none")
+    assert said == "none", said
+
+
+def _streams_are_apart(boxes):
+    """Eight commands at once in two pods, whose vsock ports are the same: each gets its own input and gives its own output."""
+    names = [box.exec("hostname") for box in boxes]
+
+    def ask(number):
+        box = boxes[number % 2]
+        return crictl("exec", "-i", box.id, "sh", "-c", "read word; sleep 1; echo $word $(hostname)", stdin=f"{number}\n", timeout=100).stdout
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(ask, range(8)))
+    assert said == [f"{number} {names[number % 2]}\n" for number in range(8)], said
+
+
 def _connect(port):
     """Connects to the pod's server from that port, which is free again at once."""
     end = time.monotonic() + 20
@@ -127,14 +149,17 @@ def _choose_their_own(one, other):
     assert alike < 3, (one, other)
 
 
+@deadline(180)
 def test_pods_of_a_template_share_nothing():
-    """Pods from one template draw no eight random bytes alike; boot id, host name, MAC, processes' memory layout and the secret of TCP's
-    first sequence numbers are each one's own, and the clocks are right."""
+    """Pods from one template draw no eight random bytes alike; boot id, host name, MAC, processes' memory layout, connections by vsock
+    and the secret of TCP's first sequence numbers are each one's own, there is no machine id, and the clocks are right."""
     with around():
         build()
         with small(linux=PRIVILEGED) as one, small(linux=PRIVILEGED) as other:
             boxes = [it.start(["sleep", "1000"], linux=PRIVILEGED) for it in (one, other)]
             assert all(map(_is_from_template, boxes))
             _share_nothing(*map(_seen, boxes))
+            _has_no_machine_id(boxes[0])
+            _streams_are_apart(boxes)
             _has_the_time(boxes[0])
         _choose_their_own(_first_numbers("unique1"), _first_numbers("unique2"))

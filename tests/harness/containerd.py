@@ -100,6 +100,7 @@ class Containerd:
         self.runtimes = runtimes or {}
         self.process = None
         self.loaded = set()
+        self.made = []
 
     def start(self):
         """Starts the daemon and returns once it said that it is ready."""
@@ -107,6 +108,7 @@ class Containerd:
             os.makedirs(folder, exist_ok=True)
         self._disk("/var/lib/containerd/husk-test")
         # No build in the background, which the tests would take for something left behind.
+        self.made += [folder for folder in (TEMPLATES.parent.parent, TEMPLATES.parent) if not folder.exists()]
         TEMPLATES.parent.mkdir(parents=True, exist_ok=True)
         TEMPLATES.write_text('templates = "existing"\n')
         pathlib.Path("/run/husk-test/cni/10-husk.conflist").write_text(json.dumps(NETWORK))
@@ -161,10 +163,10 @@ class Containerd:
         self.process.terminate()
         self.process.wait(30)
         TEMPLATES.unlink(missing_ok=True)
-        for folder in (TEMPLATES.parent, TEMPLATES.parent.parent):
-            # Not where an operator has something in it.
+        while self.made:
+            # Where somebody has put something into it meanwhile, it stays.
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                self.made.pop().rmdir()
 
     def kill(self):
         """Ends the daemon without a chance to tidy up."""
