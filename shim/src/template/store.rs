@@ -16,8 +16,8 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use super::{NOTES, Template};
 use super::key::{FileIdentity, Inputs};
+use super::{NOTES, Template};
 use crate::error::chain;
 use crate::peer::vmm::Snapshot;
 use crate::random;
@@ -184,8 +184,7 @@ impl Store {
         (state, memory): (&File, &File),
     ) -> Result<Option<[u8; 16]>, StoreError> {
         let damaged = |what: String| StoreError::Damaged { path: directory.to_owned(), what };
-        let unreadable =
-            |source| StoreError::Io { doing: "read the template in", path: directory.to_owned(), source };
+        let unreadable = |source| StoreError::Io { doing: "read the template in", path: directory.to_owned(), source };
         let manifest = self.manifest(directory)?;
         if manifest.inputs != *inputs {
             return Ok(None);

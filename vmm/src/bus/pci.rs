@@ -56,7 +56,7 @@ pub(crate) enum RestoreError {
 impl RestoreError {
     /// Whether the state is another machine's.
     pub(crate) fn is_of_other_machine(&self) -> bool {
-        matches!(self, Self::Count { .. } | Self::Function(SavedError::Other { .. }))
+        matches!(self, Self::Count { .. } | Self::Function(SavedError::Other { .. } | SavedError::Vectors(_)))
     }
 }
 

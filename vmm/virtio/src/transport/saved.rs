@@ -48,9 +48,12 @@ pub enum SavedError {
         /// Type and number of queues of the machine's device.
         wants: (u32, usize),
     },
+    /// The snapshot is of another machine, too.
+    #[error("The snapshot has another number of interrupt vectors or queues than the {0} device")]
+    Vectors(&'static str),
     /// The replayed set-up was refused.
-    #[error("The {0} device refuses the snapshot's {1}")]
-    Refused(&'static str, &'static str),
+    #[error("The {0} device refuses the snapshot's device status")]
+    Refused(&'static str),
 }
 
 impl Transport {
@@ -101,11 +104,11 @@ impl Transport {
             reached |= bit;
             match self.set_status(reached, &interrupt) {
                 StatusChange::Accepted | StatusChange::Activated => {}
-                _ => return Err(SavedError::Refused(name, "device status")),
+                _ => return Err(SavedError::Refused(name)),
             }
         }
         if self.status() != state.status {
-            return Err(SavedError::Refused(name, "device status"));
+            return Err(SavedError::Refused(name));
         }
         Ok(())
     }

@@ -38,7 +38,7 @@ impl VirtioPciFunction {
     pub(super) fn replay(&mut self, state: &FunctionState) -> Result<(), SavedError> {
         let vectors = |count: usize| (state.vectors.len(), state.queue_vectors.len()) == (count, count - 1);
         if !vectors(self.shared.msix.len()) {
-            return Err(SavedError::Refused(self.transport.name(), "interrupt vectors"));
+            return Err(SavedError::Vectors(self.transport.name()));
         }
         self.config.write(0, &state.config);
         self.follow_bar();
