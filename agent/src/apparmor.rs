@@ -50,4 +50,14 @@ mod tests {
         assert!(matches!(load("x", &[]), Err(ProfileError::Length { length: 0, .. })));
         assert!(matches!(load("x", &vec![0; MAX_POLICY + 1]), Err(ProfileError::Length { .. })));
     }
+
+    #[test]
+    fn what_the_kernel_does_not_take_is_refused_by_name() {
+        let error = load("husk-test-none", b"no policy").unwrap_err();
+        assert!(matches!(error, ProfileError::Refused { .. }), "{error}");
+        assert!(
+            error.to_string().contains("did not take the policy of the AppArmor profile \"husk-test-none\""),
+            "{error}"
+        );
+    }
 }

@@ -251,5 +251,7 @@ mod tests {
         let error = HugePages::default().reserve("c", &limits(r#"[{"pageSize":"2MB","limit":1125899906842624}]"#), &[]);
         let text = error.unwrap_err().to_string();
         assert!(text.contains("1073741824 MiB") && text.contains("io.husk.memory-mib"), "{text}");
+        let error = HugePages::default().reserve("c", &limits(r#"[{"pageSize":"64KB","limit":1048576}]"#), &[]);
+        assert_eq!(error.unwrap_err().to_string(), "The guest has no huge pages of 64 KiB");
     }
 }

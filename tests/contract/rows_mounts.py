@@ -102,6 +102,17 @@ HIDDEN = Case("masked and read-only", _hidden, [
 ])
 
 
+def _unmasked(spec):
+    """What CRI's proc mount type Unmasked comes to."""
+    spec["linux"].update(maskedPaths=[], readonlyPaths=[])
+
+
+UNMASKED = Case("nothing masked", _unmasked, [
+    Row("nothing covers /proc", "grep -c ' /proc/' /proc/self/mountinfo"), Row("what is usually masked", "head -c 1 /proc/timer_list | wc -c"),
+    Row("/proc/sys is writable", "echo 777 > /proc/sys/kernel/msgmni && cat /proc/sys/kernel/msgmni"),
+])
+
+
 def _propagation(word):
     def change(spec):
         spec["linux"]["rootfsPropagation"] = word
@@ -110,4 +121,4 @@ def _propagation(word):
     return Case(f"rootfsPropagation {word}", change, rows)
 
 
-CASES = [FILE_SYSTEMS, BINDS, HIDDEN, *map(_propagation, ("", "private", "rslave", "shared", "unbindable"))]
+CASES = [FILE_SYSTEMS, BINDS, HIDDEN, UNMASKED, *map(_propagation, ("", "private", "rslave", "shared", "unbindable"))]

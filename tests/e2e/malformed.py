@@ -122,11 +122,12 @@ def test_specs():
                 wrong.append(f"{name}: {done.returncode} {found}")
             if took > 20:
                 wrong.append(f"{name}: took {took:.0f} s")
-        assert _works(husk), "the pod is dead"
+        assert works(husk), "the pod is dead"
     assert not wrong, "\n".join(wrong)
 
 
-def _works(husk):
+def works(husk):
+    """Whether a new container of the pod runs."""
     ident = f"good{next(sides.COUNT)}"
     spec = base.spec()
     spec["process"]["args"] = ["echo", "unharmed"]
@@ -217,4 +218,4 @@ def test_duplicate_pod():
         # containerd's own folder of the namespace stays, empty.
         pathlib.Path("/run/husk-test/state/io.containerd.runtime.v2.task/other").rmdir()
         assert is_kind(done, "already exists") and "has a pod of this id" in done.stderr, done.stderr
-        assert _works(husk)
+        assert works(husk)

@@ -4,8 +4,14 @@ import contextlib
 import os
 import pathlib
 
+from contract import base, sides
+from contract.base import bind, mount
+from harness.command import run
+from harness.containerd import version
 from harness.crictl import Pod, crictl, pod
-from harness.runner import Skip
+from harness.runner import Skip, deadline
+
+from . import block, malformed
 
 CONFIG = pathlib.Path("/etc/husk/config.toml")
 
@@ -110,3 +116,92 @@ def test_missing_mount_source():
         said = crictl("start", wrong.id, check=False)
         assert said.returncode and str(folder) in said.stderr, said.stderr
         assert box.exec("echo", "unharmed") == "unharmed"
+
+
+def _linux(**fields):
+    return lambda spec: spec["linux"].update(fields)
+
+
+def _resources(**fields):
+    return lambda spec: spec["linux"]["resources"].update(fields)
+
+
+def _namespace(kind, path=None, **fields):
+    """Another namespace in place of the spec's of this kind, and further fields of the linux section."""
+    def change(spec):
+        others = [namespace for namespace in spec["linux"]["namespaces"] if namespace["type"] != kind]
+        spec["linux"].update(namespaces=[*others, {"type": kind, **({"path": path} if path else {})}], **fields)
+    return change
+
+
+def _mount(one, **fields):
+    return lambda spec: spec["mounts"].append({**one, **fields})
+
+
+def _map(inside):
+    return [{"containerID": inside, "hostID": 100000, "size": 65536}]
+
+
+def _user(uids, gids):
+    return _namespace("user", uidMappings=uids, gidMappings=gids)
+
+
+DISK = "/dev/to-be-named"
+LOOP_CONTROL = {"path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237}
+# What is asked for, how the spec is changed, the kind of error, and words of its message: the rows of shim/docs/refusals.md.
+SPECS = [
+    ("another's cgroup namespace", _namespace("cgroup", "/proc/1/ns/cgroup"), "invalid argument", "the cgroup namespace at /proc/1/ns/cgroup is not the pod's"),
+    ("a user namespace without group ids", _user(_map(0), []), "invalid argument", "a user namespace and valid uidMappings and gidMappings"),
+    ("a user namespace without root", _user(_map(1), _map(0)), "invalid argument", "have no line for id 0"),
+    ("a user namespace that is not the pod's", _user(_map(0), _map(0)), "invalid argument", "other uidMappings or gidMappings than its pod's"),
+    ("hooks", lambda spec: spec.update(hooks={"createRuntime": [{"path": "/bin/true"}]}), "invalid argument", "createRuntime hooks"),
+    ("a seccomp listener", _linux(seccomp={"defaultAction": "SCMP_ACT_ALLOW", "listenerPath": "/run/x.sock"}), "invalid argument", "a listener on the host"),
+    ("intelRdt", _linux(intelRdt={"closID": "x"}), "invalid argument", "the spec asks for intelRdt"),
+    ("execCPUAffinity", lambda spec: spec["process"].update(execCPUAffinity={"initial": "0"}), "invalid argument", "the spec asks for an execCPUAffinity"),
+    ("a device of the host", _linux(devices=[LOOP_CONTROL]), "invalid argument", "the device /dev/loop-control (10:237) of the host"),
+    ("limits of a device", _resources(blockIO={"throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 9}]}), "invalid argument", "block device 8:0"),
+    ("huge pages of no size", _resources(hugepageLimits=[{"pageSize": "64KB", "limit": 1 << 20}]), "invalid argument", "no huge pages of 64 KiB"),
+    ("a sysctl of the machine's", _linux(sysctl={"vm.swappiness": "1"}), "invalid argument", "the kernel parameter vm.swappiness"),
+    ("a bind of nothing", _mount({"destination": "/b", "type": "bind", "options": ["bind"]}), "invalid argument", "the mount on /b has no source"),
+    ("a bind of a disk", _mount(bind("", "/b"), source=DISK), "invalid argument", "a block device as its source: give it as a device"),
+    ("a shared bind", _mount(bind("dir", "/b", "rbind", "rshared")), "invalid argument", "(Bidirectional)"),
+    ("a tmpfs with mapped ids", _mount(mount("/t", "tmpfs"), uidMappings=_map(0), gidMappings=_map(0)), "invalid argument", "binds of files and directories only"),
+    ("a bind with one map", _mount(bind("dir", "/b"), uidMappings=_map(0)), "invalid argument", "no valid uidMappings and gidMappings"),
+    ("idmap without ids", _mount(bind("dir", "/b", "rbind", "idmap")), "invalid argument", "the container has none"),
+    ("seccomp's notifications", _linux(seccomp={"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["getcwd"], "action": "SCMP_ACT_NOTIFY"}]}),
+     "unknown", "SCMP_ACT_NOTIFY is not supported"),
+    ("swap without a memory limit", _resources(memory={"swap": 1 << 30}), "invalid argument", "a swap limit without a memory limit"),
+    ("a soft limit above the hard", lambda spec: spec["process"].update(rlimits=[{"type": "RLIMIT_CORE", "soft": 2, "hard": 1}]), "unknown",
+     "set RLIMIT_CORE to 2:1"),
+    ("an I/O priority of 9", lambda spec: spec["process"].update(ioPriority={"class": "IOPRIO_CLASS_BE", "priority": 9}), "unknown",
+     "I/O priority 9 is not one of 0 to 7"),
+    ("another wall clock", _namespace("time", timeOffsets={"realtime": {"secs": 1}}), "unknown", "time offset of clock realtime"),
+]
+# Since which containerd ctr passes them on: older ones know older specifications.
+SINCE = {"execCPUAffinity": (2, 0), "an I/O priority of 9": (1, 7), "another wall clock": (1, 7)}
+
+
+@deadline(200)
+def test_specs():
+    """What an OCI spec can ask for and a pod can't have is refused in its own words, and the pod is unharmed by it all."""
+    wrong = []
+    with sides.place(), block.loop() as (disk, _), sides.Husk() as husk:
+        for name, change, kind, words in SPECS:
+            if version() < SINCE.get(name, (0,)):
+                continue
+            ident = f"refused{next(sides.COUNT)}"
+            spec = base.spec()
+            spec["process"]["args"] = ["true"]
+            change(spec)
+            for one in spec["mounts"]:
+                one.update(source=disk) if one.get("source") == DISK else None
+            with sides.rootfs(ident) as root:
+                done = run(*husk.command(sides.finished(spec, ident, root), ident), stdin="", check=False, timeout=60)
+            if not malformed.is_kind(done, kind) or words not in done.stderr:
+                wrong.append(f"{name}: not {kind!r} with {words!r}: {done.returncode} {done.stderr[-400:]}")
+        with sides.sleeping(husk) as ident:
+            done = run(*sides.CTR, "tasks", "exec", "--log-uri", "http://nobody/x", "--exec-id", "x", ident, "true", check=False, stdin="")
+            if "http://nobody/x" not in done.stderr or "fifo, file and binary are possible" not in done.stderr:
+                wrong.append(f"a stream that is none: {done.returncode} {done.stderr[-400:]}")
+        assert malformed.works(husk), "the pod is dead"
+    assert not wrong, "\n".join(wrong)

@@ -5,12 +5,14 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import time
 
 from harness import crictl
 from harness.command import run
 from harness.containerd import needs
 from harness.crictl import Pod, pids
+from vm.ttrpc import Client, field, fields
 
 from .single import CTR
 
@@ -92,6 +94,21 @@ def test_containerd_restarts(containerd):
         containerd.start()
         assert it.status()["state"] == "SANDBOX_READY"
         assert box.exec("echo", "still here") == "still here"
+
+
+def test_calls_that_containerd_leaves_out():
+    """Ping and Platform of the Sandbox API, which containerd's CRI plugin has little use for, are answered; what is of another sandbox is
+    NotFound."""
+    with pod() as it, socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(json.loads(pathlib.Path(f"/run/husk/{it.id}/state.json").read_text())["socket"].removeprefix("unix://"))
+        shim = Client(connection, "containerd.runtime.sandbox.v1.Sandbox")
+        assert shim.call("PingSandbox", field(1, it.id.encode())) == (0, b"")
+        # PlatformResponse's Platform: os and architecture.
+        code, answer = shim.call("Platform", field(1, it.id.encode()))
+        platform = dict(fields(dict(fields(answer))[1])) if code == 0 else answer
+        assert (code, platform[1], platform[2]) == (0, b"linux", b"amd64"), (code, platform)
+        # 5 is NotFound.
+        assert shim.call("SandboxStatus", field(1, b"another"))[0] == 5
 
 
 def _dies(program):

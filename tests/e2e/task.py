@@ -11,6 +11,8 @@ import socket
 import subprocess
 import time
 
+from contract import base, sides
+from contract.base import mount
 from harness.command import run, wait
 from harness.containerd import NAMESPACE
 from harness.crictl import crictl, pids, pod
@@ -162,6 +164,34 @@ def test_metrics_of_a_pod_have_its_network():
         shim.socket.close()
 
 
+def test_metrics_have_huge_pages():
+    """A container's metrics count its huge pages by their size, with their limit, which may be more than the machine started with."""
+    spec, ident = base.spec(), f"task{next(COUNT)}"
+    spec["process"]["args"] = ["sh", "-c", f"fallocate -l {20 << 20} /huge/file; sleep 1000"]
+    spec["mounts"].append(mount("/huge", "hugetlbfs", "none", "pagesize=2M"))
+    spec["linux"]["resources"]["hugepageLimits"] = [{"pageSize": "2MB", "limit": 320 << 20}]
+    with sides.place(), sides.Husk() as husk, sides.rootfs(ident) as root:
+        husk.start(sides.finished(spec, ident, root), ident)
+        shim = _connected(husk.sandbox)
+
+        def pages():
+            code, answer = shim.call("Stats", field(1, ident.encode()))
+            assert code == 0, answer
+            # StatsResponse's Any, Metrics.hugetlb; HugeTlbStat's current, max, pagesize and failcnt.
+            sizes = [dict(fields(value)) for number, value in fields(dict(fields(dict(fields(answer))[1]))[2]) if number == 7]
+            size = {size[3]: size for size in sizes}[b"2MB"]
+            return size.get(1, 0), size[2], size.get(4, 0)
+
+        try:
+            end = time.monotonic() + 20
+            while (found := pages()) != (20 << 20, 320 << 20, 0):
+                assert time.monotonic() < end, (found, ctr("task", "ps", ident).stdout)
+                time.sleep(0.1)
+        finally:
+            shim.socket.close()
+            husk.remove(ident)
+
+
 def test_waits_and_connections():
     """Thirty clients that wait for one process are all told of its end, once, with the same status and time, and so is one that asks
     afterwards; Connect tells the shim's process and the machine's."""
@@ -190,10 +220,15 @@ def test_kill_of_all():
 
 
 def test_checkpoint_is_refused():
-    """A checkpoint is refused in words."""
+    """A checkpoint is refused in words, and so is a container that is to go on from one."""
     with single("sleep", "1000") as ident:
         said = ctr("task", "checkpoint", ident, check=False)
         assert said.returncode and "husk cannot checkpoint a container" in said.stderr, said.stderr
+        connection = _connected(ident)
+        # CreateTaskRequest's id, bundle and checkpoint; 12 is Unimplemented.
+        code, said = connection.call("Create", field(1, b"restored") + field(2, b"/none") + field(8, b"/run/husk-test/checkpoint"))
+        assert (code, said) == (12, b"husk cannot restore a container from a checkpoint"), (code, said)
+        connection.socket.close()
 
 
 def test_file_logger_and_pause():

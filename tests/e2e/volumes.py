@@ -174,6 +174,18 @@ def test_watches_within_the_pod():
         eventually(lambda: "new" in watch.logs())
 
 
+@contextlib.contextmanager
+def bound(source, target):
+    """What the kubelet does for a subPath (pkg/volume/util/subpath/subpath_linux.go): a bind by a descriptor, so that nobody can exchange what
+    was looked at."""
+    descriptor = os.open(source, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        with mounted("--bind", "--no-canonicalize", f"/proc/{os.getpid()}/fd/{descriptor}", target) as it:
+            yield it
+    finally:
+        os.close(descriptor)
+
+
 def test_sub_path():
     """subPath: a file and a directory within a volume, bound on the host by descriptor as the kubelet does, are volumes like any other; a file
     that is replaced on the host stays the one that was bound."""
@@ -183,9 +195,7 @@ def test_sub_path():
         (top / "sub0").write_text("")
         (top / "sub1").mkdir()
         for number, source in enumerate(("volume/inner/file", "volume/inner")):
-            descriptor = os.open(top / source, os.O_PATH)
-            stack.callback(os.close, descriptor)
-            stack.enter_context(mounted("--bind", "--no-canonicalize", f"/proc/{os.getpid()}/fd/{descriptor}", top / f"sub{number}"))
+            stack.enter_context(bound(top / source, top / f"sub{number}"))
         box = stack.enter_context(pod()).start(["sleep", "1000"], mounts=[bind(top / "sub0", "/etc/app/file"), bind(top / "sub1", "/inner")])
         assert box.exec("cat", "/etc/app/file", "/inner/file") == "of the file\nof the file"
         box.exec("sh", "-c", "echo more >> /etc/app/file")
@@ -193,6 +203,40 @@ def test_sub_path():
         (top / "volume/inner/new").write_text("another\n")
         os.rename(top / "volume/inner/new", top / "volume/inner/file")
         assert box.exec("cat", "/etc/app/file") == "of the file\nmore"
+
+
+def test_sub_path_expr():
+    """subPathExpr: each container of a pod writes below a directory of one volume that is named by its variables, which the kubelet expands,
+    makes where it is missing, and binds anew for the container's next attempt; none sees another's."""
+    expression = "$(POD_NAME)/$(NAME) of [$(POD_IP)]"
+    with folder() as top, pod() as it:
+        (top / "volume").mkdir()
+
+        def attempt(name, stack):
+            variables = {"POD_NAME": "web-0", "NAME": name, "POD_IP": it.address()}
+            expanded = expression
+            for key, value in variables.items():
+                expanded = expanded.replace(f"$({key})", value)
+            (top / "volume" / expanded).mkdir(parents=True, exist_ok=True)
+            (top / name).mkdir(exist_ok=True)
+            source = stack.enter_context(bound(top / "volume" / expanded, top / name))
+            box = it.start(["sh", "-c", 'echo "$POD_NAME $NAME" >> /logs/log; sleep 1000'], mounts=[bind(source, "/logs")],
+                           envs=[{"key": key, "value": value} for key, value in variables.items()])
+            return box, top / "volume" / expanded / "log"
+
+        with contextlib.ExitStack() as stack:
+            (one, log), (two, other) = attempt("one", stack), attempt("two", stack)
+            eventually(lambda: log.exists() and other.exists() and other.read_text(), within=20)
+            assert (one.exec("cat", "/logs/log"), two.exec("cat", "/logs/log")) == ("web-0 one", "web-0 two")
+            assert one.exec("ls", "/logs") == "log" and sorted(os.listdir(top / "volume/web-0")) == sorted(log.parent.name for log in (log, other))
+            crictl("stop", "--timeout", "0", one.id)
+            crictl("rm", one.id)
+            with contextlib.ExitStack() as again:
+                one, _ = attempt("one", again)
+                eventually(lambda: log.read_text() == "web-0 one\n" * 2, within=20)
+                assert two.exec("cat", "/logs/log") == "web-0 two"
+                crictl("rm", "-f", one.id)
+            crictl("rm", "-f", two.id)
 
 
 def test_empty_dir_in_memory():

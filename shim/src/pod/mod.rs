@@ -470,7 +470,8 @@ impl Pod {
         }
     }
 
-    fn insert(&self, container: Container) -> Result<Arc<Container>, Error> {
+    /// Adds a container.
+    pub(crate) fn insert(&self, container: Container) -> Result<Arc<Container>, Error> {
         let mut containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         if containers.contains_key(&container.id) {
             return Err(Error::AlreadyExists { what: "container", id: container.id.to_string() });

@@ -58,28 +58,7 @@ impl Task for TaskService {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        let Seen { container, process } = self.pod.find(&request.id, &request.exec_id)?;
-        let status = match process.state() {
-            State::Created | State::Starting(_) => Status::CREATED,
-            State::Running if container.is_paused() => Status::PAUSED,
-            State::Running => Status::RUNNING,
-            State::Exited(_) => Status::STOPPED,
-        };
-        let exit = process.exit();
-        Ok(StateResponse {
-            id: request.id,
-            exec_id: request.exec_id,
-            bundle: container.bundle.clone(),
-            pid: self.pod.pid(),
-            status: status.into(),
-            stdin: process.stdio.stdin.clone(),
-            stdout: process.stdio.stdout.clone(),
-            stderr: process.stdio.stderr.clone(),
-            terminal: process.stdio.terminal,
-            exit_status: exit.map_or(0, |exit| exit.status),
-            exited_at: exit.map(|exit| exit.timestamp()).into(),
-            ..Default::default()
-        })
+        Ok(state_of(&self.pod, request)?)
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
@@ -188,6 +167,33 @@ impl Task for TaskService {
     }
 }
 
+/// What containerd asks of a process all the time and waits 2 s for (`io.containerd.timeout.task.state`): told from what is known here, without a
+/// wait for the guest or for anybody who waits for it.
+fn state_of(pod: &Pod, request: StateRequest) -> Result<StateResponse, Error> {
+    let Seen { container, process } = pod.find(&request.id, &request.exec_id)?;
+    let status = match process.state() {
+        State::Created | State::Starting(_) => Status::CREATED,
+        State::Running if container.is_paused() => Status::PAUSED,
+        State::Running => Status::RUNNING,
+        State::Exited(_) => Status::STOPPED,
+    };
+    let exit = process.exit();
+    Ok(StateResponse {
+        id: request.id,
+        exec_id: request.exec_id,
+        bundle: container.bundle.clone(),
+        pid: pod.pid(),
+        status: status.into(),
+        stdin: process.stdio.stdin.clone(),
+        stdout: process.stdio.stdout.clone(),
+        stderr: process.stdio.stderr.clone(),
+        terminal: process.stdio.terminal,
+        exit_status: exit.map_or(0, |exit| exit.status),
+        exited_at: exit.map(|exit| exit.timestamp()).into(),
+        ..Default::default()
+    })
+}
+
 /// A process as Pids tells it: an exec's own with its exec id, as containerd's shims have it.
 fn process_info(pid: u32, exec_id: String) -> Result<ProcessInfo, protobuf::Error> {
     let mut info = ProcessInfo { pid, ..Default::default() };
@@ -197,4 +203,55 @@ fn process_info(pid: u32, exec_id: String) -> Result<ProcessInfo, protobuf::Erro
         info.info = MessageField::some(Any { type_url, value, ..Default::default() });
     }
     Ok(info)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::container::process::{Exit, Process};
+    use crate::container::{Container, Kind};
+    use crate::id::Id;
+    use crate::pod::Surroundings;
+    use crate::service::events::Publisher;
+
+    #[tokio::test]
+    async fn state_is_told_while_the_guest_keeps_others_waiting() {
+        let (publisher, _) = Publisher::start("/no/such/socket", "test");
+        let pod = Pod::new(Surroundings {
+            id: Id::parse("pod").unwrap(),
+            namespace: "test".to_owned(),
+            socket: String::new(),
+            config: Config::default(),
+            publisher,
+            birthplace: None,
+        });
+        let process = |exec_id: &str| Process::new(exec_id, Paths::default(), Vec::new());
+        let made = Container::new(Id::parse("c").unwrap(), Kind::Guest, "/bundle".to_owned(), process(""));
+        let container = pod.insert(made).unwrap();
+        container.init.begin_start("c").unwrap();
+        container.init.finish_start(true);
+        for number in 0..50 {
+            let id = format!("e{number}");
+            container.add_exec(Id::parse(&id).unwrap(), process(&id)).unwrap();
+        }
+        let execs = container.processes();
+        let mut held = Vec::new();
+        for exec in execs.iter().filter(|exec| !exec.exec_id.is_empty()) {
+            exec.begin_start(&exec.exec_id).unwrap();
+            held.push(exec.streams.lock().await);
+        }
+        held.push(container.init.streams.lock().await);
+        let told = |exec_id: &str| {
+            let request = StateRequest { id: "c".to_owned(), exec_id: exec_id.to_owned(), ..Default::default() };
+            state_of(&pod, request).unwrap()
+        };
+        assert_eq!((told("").status(), told("").bundle.as_str()), (Status::RUNNING, "/bundle"));
+        assert_eq!(told("e49").status(), Status::CREATED);
+        container.set_paused(true);
+        assert_eq!(told("").status(), Status::PAUSED);
+        container.init.end(Exit { status: 3, at_ns: 1 });
+        assert_eq!((told("").status(), told("").exit_status), (Status::STOPPED, 3));
+        assert!(state_of(&pod, StateRequest { id: "none".to_owned(), ..Default::default() }).is_err());
+    }
 }

@@ -97,7 +97,8 @@ pub(super) fn user_namespace(linux: &Linux) -> Result<Option<IdMap>, SpecError> 
     let uids = linux.uid_mappings().as_deref().unwrap_or_default();
     let gids = linux.gid_mappings().as_deref().unwrap_or_default();
     if namespace(namespaces, LinuxNamespaceType::User).is_some() {
-        return IdMap::of_spec(uids, gids).map(Some).ok_or(SpecError::UserNamespace);
+        let map = IdMap::of_spec(uids, gids).ok_or(SpecError::UserNamespace)?;
+        return if map.has_root() { Ok(Some(map)) } else { Err(SpecError::UnmappedRoot) };
     }
     if uids.is_empty() && gids.is_empty() { Ok(None) } else { Err(SpecError::UserNamespace) }
 }

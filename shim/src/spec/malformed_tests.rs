@@ -111,6 +111,17 @@ fn a_bundle_is_read_only_so_far() {
 }
 
 #[test]
+fn a_spec_without_its_parts_is_refused() {
+    for part in ["root", "process", "linux"] {
+        let mut value = member();
+        value.as_object_mut().unwrap().remove(part);
+        let role = Role::Member(SANDBOX.to_owned());
+        let error = convert(serde_json::from_value(value).unwrap(), "c0ffee", &role, None).unwrap_err();
+        assert!(error.to_string().contains(&format!("has no {part}")), "{error}");
+    }
+}
+
+#[test]
 fn relative_and_escaping_paths() {
     let refused = |change: fn(&mut Value)| {
         let mut value = member();

@@ -79,6 +79,11 @@ pub(crate) enum SpecError {
         "a user namespace and valid uidMappings and gidMappings (of 1 to 340 lines) go together: the spec has not all of them"
     )]
     UserNamespace,
+    /// A user namespace in which nobody is root.
+    #[error(
+        "the user namespace's uidMappings or gidMappings have no line for id 0, as which a container is built: map it to an id of the host"
+    )]
+    UnmappedRoot,
     /// A user namespace that differs from the pod's.
     #[error(
         "the container's user namespace has other uidMappings or gidMappings than its pod's, with which it must share it"

@@ -16,6 +16,7 @@ fn all() -> Vec<SpecError> {
         SpecError::Missing("X"),
         SpecError::HostNamespace("X"),
         SpecError::UserNamespace,
+        SpecError::UnmappedRoot,
         SpecError::OtherUserNamespace,
         SpecError::ForeignNamespace("X", "P".into()),
         SpecError::Hooks("X"),
@@ -40,6 +41,7 @@ fn all() -> Vec<SpecError> {
             | SpecError::Missing(_)
             | SpecError::HostNamespace(_)
             | SpecError::UserNamespace
+            | SpecError::UnmappedRoot
             | SpecError::OtherUserNamespace
             | SpecError::ForeignNamespace(..)
             | SpecError::Hooks(_)

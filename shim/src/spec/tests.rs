@@ -353,6 +353,12 @@ fn containers_share_the_user_namespace_of_their_pod() {
     let mut nameless = with_user_namespace(member(), json!("/proc/77/ns/user"));
     nameless["linux"]["gidMappings"] = json!([]);
     assert!(matches!(convert(spec(nameless), "c0ffee", &role(), Some(&ids)), Err(SpecError::UserNamespace)));
+    for map in ["uidMappings", "gidMappings"] {
+        let mut rootless = with_user_namespace(member(), json!("/run/containerd/x/userns"));
+        rootless["linux"][map] = json!([{"containerID": 1, "hostID": 1000, "size": 65536}]);
+        let converted = convert(spec(rootless), "c0ffee", &role(), Some(&ids));
+        assert!(matches!(converted, Err(SpecError::UnmappedRoot)), "{map}");
+    }
 }
 
 #[test]

@@ -77,6 +77,12 @@ impl IdMap {
         &self.gids
     }
 
+    /// Whether id 0 is somebody, as a user and as a group.
+    pub(crate) fn has_root(&self) -> bool {
+        let has = |ranges: &[Range]| ranges.iter().any(|range| range.inside == 0);
+        has(&self.uids) && has(&self.gids)
+    }
+
     /// Makes a user namespace with this map. No process is left in it.
     pub(crate) fn namespace(&self) -> Result<OwnedFd, Error> {
         let (pid, pidfd) = clone_into_user_namespace()?;

@@ -182,6 +182,13 @@ fn maps_ids_of_volumes_and_layers() {
         assert_eq!(owner(&target.join("file")), (1000, 2000));
         chown(target.join("file"), Some(1005), Some(2006)).unwrap();
         assert_eq!(owner(&here.join("volume/file")), (5, 6));
+        // Not every file system's ids can be mapped.
+        let refused = bind_mapped(Path::new("/proc"), &here.join("mounts/1"), BindOptions::default(), Some(&mapped));
+        let said = crate::error::chain(&refused.unwrap_err());
+        assert!(
+            said.contains("/proc") && said.contains("cannot map the user ids of that file system's files"),
+            "{said}"
+        );
         // A file system that was mounted as a whole gets a mapped mount on top.
         let tmpfs = RootfsMount {
             kind: "tmpfs".into(),
