@@ -1,4 +1,5 @@
-"""What must be one pod's alone is so in pods from one template. A pod shows that it is from one by the kernel command line."""
+"""What must be one pod's alone is so in pods from one template. A pod shows that it is from one by the kernel command line. What a process draws
+that ran before the save (getrandom(2)) is vm.snapshot's, since none but the agent does so in a template."""
 
 import base64
 import concurrent.futures
