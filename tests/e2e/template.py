@@ -399,7 +399,7 @@ def test_many_one_after_another(containerd):
         build()
         number = full(5, 200)
         # What is made once and kept.
-        for _ in range(full(2, 20)):
+        for _ in range(full(2, 5)):
             with small():
                 pass
         before, had = leftovers.snapshot(), _figures()
