@@ -81,7 +81,7 @@ fn other_loopback(address: IpAddr) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::net::{TcpListener, UnixStream};
+    use tokio::net::{TcpListener, TcpSocket, UnixStream};
 
     async fn asked(to: SocketAddr) -> (UnixStream, u8) {
         let (mut shim, agent) = UnixStream::pair().unwrap();
@@ -112,12 +112,25 @@ mod tests {
         assert!(server.await.unwrap().ip().is_loopback());
     }
 
+    /// A port that both loopbacks have free. Bound sockets that don't listen refuse connections, and keep it from others. (Closing one that
+    /// listens does not end that at once: a child that another test has just forked holds it too, until its exec.)
+    fn bound() -> (TcpSocket, TcpSocket, u16) {
+        loop {
+            let (v4, v6) = (TcpSocket::new_v4().unwrap(), TcpSocket::new_v6().unwrap());
+            v4.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+            let port = v4.local_addr().unwrap().port();
+            if v6.bind((Ipv6Addr::LOCALHOST, port).into()).is_ok() {
+                return (v4, v6, port);
+            }
+        }
+    }
+
     #[tokio::test]
     async fn tries_the_other_loopback_and_says_when_nobody_listens() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        assert_eq!(asked(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port)).await.1, forward::CONNECTED);
-        drop(listener);
-        assert_eq!(asked(SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port)).await.1, forward::REFUSED);
+        let (v4, _v6, port) = bound();
+        let to = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
+        assert_eq!(asked(to).await.1, forward::REFUSED);
+        let _listener = v4.listen(1).unwrap();
+        assert_eq!(asked(to).await.1, forward::CONNECTED);
     }
 }
