@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::fs::inotify;
@@ -34,17 +34,17 @@ impl Delivery {
     /// Waits until containerd has the first `wanted` bytes, or all if there are less; false if before that nothing moves for as long as
     /// `stall`.
     pub(super) async fn wait(mut self, wanted: u64, stall: Duration) -> bool {
-        let fifo = match self.fifo.as_deref().map(Fifo::open).transpose() {
-            Ok(fifo) => fifo,
-            Err(error) => {
-                debug!("cannot tell whether the end of an output is read: {error}");
-                None
-            }
-        };
+        let mut fifo = self.fifo.clone().map(Fifo::open).transpose().unwrap_or_else(unknown);
         let mut has_ended = false;
         loop {
             let bytes = self.progress.borrow_and_update().bytes;
-            let unread = fifo.as_ref().map_or(0, Fifo::unread);
+            let unread = match fifo.as_mut().map(Fifo::unread).transpose() {
+                Ok(unread) => unread.unwrap_or(0),
+                Err(error) => {
+                    fifo = unknown(error);
+                    0
+                }
+            };
             if (has_ended || bytes >= wanted) && bytes - unread.min(bytes) >= wanted.min(bytes) {
                 return true;
             }
@@ -56,7 +56,7 @@ impl Delivery {
             };
             let read = async {
                 match &fifo {
-                    Some(fifo) if unread > 0 => fifo.read().await,
+                    Some(Fifo { reads: Some(reads), .. }) if unread > 0 => a_read(reads).await,
                     _ => std::future::pending().await,
                 }
             };
@@ -69,33 +69,47 @@ impl Delivery {
     }
 }
 
+/// Of a FIFO that can't be looked at nothing is waited for.
+fn unknown(error: io::Error) -> Option<Fifo> {
+    debug!("cannot tell whether the end of an output is read: {error}");
+    None
+}
+
 /// A FIFO that containerd reads. It closes its end soon after it knows of a process's end, whatever is still in there (seen with 1.6), so
 /// what counts is what it has read. Each read is an event of inotify(7).
 struct Fifo {
+    path: PathBuf,
     pipe: std::fs::File,
-    reads: AsyncFd<OwnedFd>,
+    /// Made when there is something to wait for: mostly all is read already, and the closing of an inotify instance blocks for milliseconds.
+    reads: Option<AsyncFd<OwnedFd>>,
 }
 
 impl Fifo {
-    fn open(path: &Path) -> io::Result<Self> {
+    fn open(path: PathBuf) -> io::Result<Self> {
         let pipe =
-            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(&path)?;
+        Ok(Self { path, pipe, reads: None })
+    }
+
+    /// Bytes in it. While there are some, reads are watched.
+    fn unread(&mut self) -> io::Result<u64> {
+        let unread = rustix::io::ioctl_fionread(&self.pipe)?;
+        if unread == 0 || self.reads.is_some() {
+            return Ok(unread);
+        }
         let reads = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
-        inotify::add_watch(&reads, path, inotify::WatchFlags::ACCESS)?;
-        Ok(Self { pipe, reads: crate::watch::readable(reads)? })
+        inotify::add_watch(&reads, &self.path, inotify::WatchFlags::ACCESS)?;
+        self.reads = Some(crate::watch::readable(reads)?);
+        // What was read before it was watched is not told.
+        Ok(rustix::io::ioctl_fionread(&self.pipe)?)
     }
+}
 
-    /// Bytes in it.
-    fn unread(&self) -> u64 {
-        rustix::io::ioctl_fionread(&self.pipe).unwrap_or(0)
-    }
-
-    /// Waits until something was read since this was last called.
-    async fn read(&self) {
-        let Ok(mut ready) = self.reads.readable().await else { return };
-        // What was read is told by the pipe; the events only wake.
-        let _ = ready.try_io(|reads| Ok(rustix::io::read(reads, &mut [0u8; 1024])?));
-    }
+/// Waits until something was read since this was last called.
+async fn a_read(reads: &AsyncFd<OwnedFd>) {
+    let Ok(mut ready) = reads.readable().await else { return };
+    // What was read is told by the pipe; the events only wake.
+    let _ = ready.try_io(|reads| Ok(rustix::io::read(reads, &mut [0u8; 1024])?));
 }
 
 #[cfg(test)]

@@ -2,12 +2,15 @@
 
 use std::io::{IoSlice, Read, Write};
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::Instant;
 
 use husk_vmm_api::dial::Message;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use tokio::io::AsyncReadExt;
 
 use super::*;
+use crate::container::process::{Ending, Exit, Process};
 
 /// A directory with FIFOs, removed at the test's end.
 struct Fifos(PathBuf);
@@ -213,4 +216,66 @@ fn targets_are_read_as_containerd_writes_them() {
         assert_eq!(Target::parse(&format!("{scheme}:///a?b=c")).unwrap(), Some(wanted));
     }
     assert!(matches!(Target::parse("http://x"), Err(StdioError::Scheme(_))));
+}
+
+/// Of an exec that has written five bytes and left a program behind that holds its output open.
+async fn told_after(first: [&str; 3]) -> Duration {
+    let fifos = Fifos::new(&first.concat());
+    let (dial, vmm) = Dial::new().unwrap();
+    // Opened as containerd does it: in the background, until there is a writer.
+    let read = |path| tokio::task::spawn_blocking(move || std::fs::read(path).unwrap());
+    let (out, err) = (read(fifos.path("out")), read(fifos.path("err")));
+    let pending = Pending::open(&fifos.paths(), &dial, "ns", "c").await.unwrap();
+    let request = pending.request(None);
+    let mut guest_out = dial_from_guest(&vmm, request.stdout_port);
+    let guest_err = dial_from_guest(&vmm, request.stderr_port);
+    let _guest_in = dial_from_guest(&vmm, request.stdin_port);
+    let process = Arc::new(Process::new("e", fifos.paths(), Vec::new()));
+    process.begin_start("c").unwrap();
+    let waiting = tokio::spawn({
+        let process = Arc::clone(&process);
+        async move { process.wait().await }
+    });
+    let mut pending = Some(pending);
+    let begun = Instant::now();
+    for step in first {
+        match step {
+            "start" => {
+                *process.streams.lock().await = Some(pending.take().unwrap().join().await.unwrap());
+                process.finish_start(true);
+            }
+            "write" => guest_out.write_all(b"said\n").await.unwrap(),
+            _ => {
+                let (process, exit) = (Arc::clone(&process), Exit::now(0));
+                assert!(process.set_ending(Ending { exit, written: Written { stdout: 5, stderr: 0 } }));
+                tokio::spawn(async move {
+                    process.settle().await;
+                    process.end(exit);
+                });
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+    waiting.await.unwrap();
+    let took = begun.elapsed();
+    drop((guest_out, guest_err));
+    process.streams.lock().await.take().unwrap().drain("e", Written::ALL).await;
+    assert_eq!((out.await.unwrap().as_slice(), err.await.unwrap().len()), (b"said\n".as_slice(), 0));
+    took
+}
+
+#[tokio::test]
+async fn an_end_is_told_at_once_whatever_comes_first_and_whoever_holds_the_output() {
+    for first in [
+        ["start", "write", "end"],
+        ["start", "end", "write"],
+        ["write", "start", "end"],
+        ["write", "end", "start"],
+        ["end", "write", "start"],
+        ["end", "start", "write"],
+    ] {
+        let took = told_after(first).await;
+        // A stall would take two seconds.
+        assert!(took < Duration::from_millis(1500), "{first:?}: {took:?}");
+    }
 }
