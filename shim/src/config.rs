@@ -65,6 +65,8 @@ pub(crate) struct Config {
     pub(crate) hello_timeout_s: u64,
     /// Whether pods start from templates, and who makes those. Default auto.
     pub(crate) templates: Templates,
+    /// Whether pods from one template have one copy of the guest kernel's code. Default true.
+    pub(crate) share_code: bool,
     /// An early serial console, to find out why a guest does not start; slow. Default false.
     pub(crate) serial: bool,
     /// What is logged: error, warn, info, debug or trace. containerd's own debug switch raises it to debug. Default info.
@@ -88,6 +90,7 @@ impl Default for Config {
             kernel_parameters: String::new(),
             hello_timeout_s: 30,
             templates: Templates::Auto,
+            share_code: true,
             serial: false,
             log_level: "info".to_owned(),
         }

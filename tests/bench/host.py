@@ -12,11 +12,14 @@ PROGRAMS = {"shim": "containerd-shim-husk-v2", "VMM": "husk-vmm", "fs": "husk-fs
 
 
 def memory(pid):
-    """A process's proportional set size without guest memory, and how much of the guest's memory it has in its page table; MiB."""
-    guest, pss, touched = False, 0, 0
+    """A process's proportional set size without guest memory, and how much of the guest's memory it has in its page table; MiB. Of the kernel's
+    code, which pods from one template share, its share counts."""
+    guest, code, pss, touched = False, False, 0, 0
     for line in pathlib.Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            guest = "memfd:guest-memory" in line
+            guest, code = "memfd:guest-memory" in line, "/.templates/" in line
+        elif line.startswith("Pss:") and code:
+            touched += int(line.split()[1])
         elif line.startswith("Pss:") and not guest:
             pss += int(line.split()[1])
         elif line.startswith("Rss:") and guest:

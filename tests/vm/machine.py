@@ -57,7 +57,7 @@ def machine(test, cmdline="", console="hvc0", **more):
 class Vm:
     """One husk-vmm process. Every wait has a deadline."""
 
-    def __init__(self, kernel, initramfs, cmdline, vcpus=1, memory_mib=128, fs_socket=None, saved=None, save=None, **more):
+    def __init__(self, kernel, initramfs, cmdline, vcpus=1, memory_mib=128, fs_socket=None, saved=None, save=None, code=None, **more):
         self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.vmm = Client(self.control, "husk.vmm.v1.Vmm")
         self.dial, dial = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -80,6 +80,10 @@ class Vm:
         if saved:
             fds["state"], fds["memory"] = (os.open(saved / name, os.O_RDONLY) for name in ("state", "memory"))
             config["start"] = dict(restore=dict(state=fds["state"], memory=fds["memory"]))
+            if code:
+                path, address = code
+                fds["code"] = os.open(path, os.O_RDONLY)
+                config["start"]["restore"]["code"] = dict(file=fds["code"], address=address)
         else:
             fds["kernel"], fds["initramfs"] = os.open(kernel, os.O_RDONLY), os.open(initramfs, os.O_RDONLY)
             config["start"] = dict(boot=dict(kernel=fds["kernel"], initramfs=fds["initramfs"], cmdline=cmdline))

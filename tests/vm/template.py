@@ -3,8 +3,10 @@
 import contextlib
 import os
 import pathlib
+import re
 import select
 import shutil
+import struct
 import tempfile
 import time
 
@@ -62,6 +64,29 @@ def filled(folder):
     return (folder / "memory").stat().st_blocks * 512
 
 
+def code(folder):
+    """A file with the whole huge pages of the kernel's section .text as the template has them, and their address."""
+    elf, huge = pathlib.Path(kernel()).read_bytes(), 2 << 20
+    (at,), (number, names) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<HH", elf, 60)
+    sections = [struct.unpack_from("<IIQQQQ", elf, at + 64 * index) for index in range(number)]
+    named = {elf[sections[names][4] + section[0]:].split(b"\0", 1)[0]: section for section in sections}
+    _, _, _, virtual, _, length = named[b".text"]
+    # The kernel's own map of its code (Documentation/arch/x86/x86_64/mm.rst).
+    start = virtual - 0xFFFF_FFFF_8000_0000
+    start, end = -(-start // huge) * huge, (start + length) // huge * huge
+    with open(folder / "memory", "rb") as memory:
+        memory.seek(start)
+        (folder / "code").write_bytes(memory.read(end - start))
+    return folder / "code", start
+
+
+def own(vm, path):
+    """KiB of the mapping of `path` that the VMM has for itself, and all that it has."""
+    _, _, rest = pathlib.Path(f"/proc/{vm.process.pid}/smaps").read_text().partition(str(path))
+    kib = {name: int(value) for name, value in re.findall(r"^(\w+): +(\d+) kB$", rest.partition("VmFlags")[0], re.M)}
+    return kib["Private_Dirty"], kib["Rss"]
+
+
 @contextlib.contextmanager
 def restored(folder, **shape):
     """A VM from the template, its agent's client, and the milliseconds from the VMM's start to the agent's hello."""
@@ -99,3 +124,19 @@ def test_serves_a_pod_from_a_template():
                     assert again.recv(1) == b""
                 agent.socket.close()
                 assert vm.exit() == 0, vm.said()
+
+
+def test_kernels_code_is_shared():
+    """Two machines from a template have one copy of their kernel's code, and each starts a pod."""
+    with template() as folder, contextlib.ExitStack() as stack:
+        shared = code(folder)
+        vms = []
+        for mac in ("0a:58:0a:00:00:02", "0a:58:0a:00:00:03"):
+            vm, agent, took = stack.enter_context(restored(folder, code=shared))
+            print(f"hello after {took:.1f} ms; {vm.status()[1]} us", flush=True)
+            assert start_pod(agent, mac, "net7")[0] == 0, vm.said()
+            vms.append(vm)
+        for vm in vms:
+            dirty, there = own(vm, shared[0])
+            assert dirty <= 512 and there >= 1024, (dirty, there)
+        assert shared[0].read_bytes() == (folder / "memory").read_bytes()[shared[1]:][:shared[0].stat().st_size]

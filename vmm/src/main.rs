@@ -113,7 +113,10 @@ fn keep(config: &VmConfig) -> Vec<RawFd> {
     let mut keep = vec![config.kvm, config.control, config.dial, config.console];
     match &config.start {
         Start::Boot { kernel, initramfs, .. } => keep.extend([*kernel, *initramfs]),
-        Start::Restore(snapshot) => keep.extend([snapshot.state, snapshot.memory]),
+        Start::Restore { state, memory, code } => {
+            keep.extend([*state, *memory]);
+            keep.extend(code.map(|code| code.file));
+        }
     }
     keep.extend(config.save.iter().flat_map(|snapshot| [snapshot.state, snapshot.memory]));
     keep.extend(config.disks);

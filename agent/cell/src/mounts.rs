@@ -5,14 +5,15 @@
 
 use std::{
     ffi::CString,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
+    fcntl::{OFlag, open},
     mount::MsFlags,
-    sys::stat::{SFlag, fstat},
+    sys::stat::{Mode, SFlag, fstat},
 };
 use oci_spec::runtime::{Mount, Spec};
 
@@ -42,10 +43,34 @@ pub(crate) struct Prepared {
 /// Opens the sources. Runs in the agent's namespaces.
 pub(crate) fn prepare(spec: &Spec, user_namespace: bool) -> Step<Vec<Prepared>> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
-    mounts.iter().map(|mount| prepare_one(mount, user_namespace)).collect()
+    let mut sources = Sources::default();
+    mounts.iter().map(|mount| prepare_one(mount, user_namespace, &mut sources)).collect()
 }
 
-fn prepare_one(mount: &Mount, user_namespace: bool) -> Step<Prepared> {
+/// The directory of the last source. Most are in the same, and each name on the way there costs a request to husk-fs.
+#[derive(Default)]
+struct Sources(Option<(PathBuf, OwnedFd)>);
+
+impl Sources {
+    /// A detached copy of the mount at `path`.
+    fn clone_tree(&mut self, path: &Path, recursive: bool) -> Step<nix::Result<OwnedFd>> {
+        let (Some(directory), Some(name)) = (path.parent().filter(|parent| parent.is_absolute()), path.file_name())
+        else {
+            return Ok(sys::clone_tree(None, &c_path(path)?, recursive));
+        };
+        if self.0.as_ref().is_none_or(|(last, _)| last != directory) {
+            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            match open(directory, flags, Mode::empty()) {
+                Ok(opened) => self.0 = Some((directory.to_owned(), opened)),
+                Err(errno) => return Ok(Err(errno)),
+            }
+        }
+        let opened = self.0.as_ref().map(|(_, directory)| directory.as_fd());
+        Ok(sys::clone_tree(opened, &c_path(Path::new(name))?, recursive))
+    }
+}
+
+fn prepare_one(mount: &Mount, user_namespace: bool, sources: &mut Sources) -> Step<Prepared> {
     let destination = mount.destination().clone();
     let mut options = Options::parse(mount.options().iter().flatten().map(String::as_str));
     let mut kind = mount.typ().clone().unwrap_or_default();
@@ -59,8 +84,8 @@ fn prepare_one(mount: &Mount, user_namespace: bool) -> Step<Prepared> {
     let source = mount.source().clone();
     let tree = match (options.bind, &source) {
         (Some(recursive), Some(source)) => {
-            let name = c_path(source)?;
-            let tree = sys::clone_tree(None, &name, recursive)
+            let tree = sources
+                .clone_tree(source, recursive)?
                 .doing(|| format!("mount {}: open the source {}", destination.display(), source.display()))?;
             Some(tree)
         }
@@ -184,7 +209,6 @@ pub(crate) fn mask(root: &Root, path: &Path) -> Step<()> {
         if !is(&stat, SFlag::S_IFCHR) || stat.st_rdev != NULL {
             return Err(Fault::new("the agent's /dev/null is not the null device"));
         }
-        use std::os::fd::AsFd;
         sys::clone_tree(Some(null.as_fd()), c"", false).doing(doing)?
     };
     sys::attach(cover, target).doing(doing)
@@ -192,7 +216,6 @@ pub(crate) fn mask(root: &Root, path: &Path) -> Step<()> {
 
 /// Makes a path and all below read-only. Absent is fine.
 pub(crate) fn make_read_only(root: &Root, path: &Path) -> Step<()> {
-    use std::os::fd::AsFd;
     let target = match walk(&root.root, path, Missing::Fail, Links::Follow) {
         Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
         other => other.doing(|| format!("open read-only path {}", path.display()))?,

@@ -84,12 +84,30 @@ pub(crate) enum Beginning<'a> {
     Saved {
         /// What it is called.
         name: &'a str,
-        /// Its files, open for reading.
-        files: Snapshot,
+        /// The machine.
+        machine: Saved,
     },
 }
 
-/// The two files of a saved VM.
+/// A VM that was saved: files open for reading.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    /// What is not memory.
+    pub(crate) state: OwnedFd,
+    /// Guest memory.
+    pub(crate) memory: OwnedFd,
+    /// Its kernel's code, if all that go on from it have one copy of that; and where it is in guest memory.
+    pub(crate) code: Option<(OwnedFd, u64)>,
+}
+
+impl Saved {
+    fn inherit(self, inherited: &mut Inherited) -> config::Start {
+        let code = self.code.map(|(file, address)| config::Code { file: inherited.add(file), address });
+        config::Start::Restore { state: inherited.add(self.state), memory: inherited.add(self.memory), code }
+    }
+}
+
+/// The two files that a VM can be saved into.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     /// What is not memory.
@@ -148,9 +166,7 @@ impl Vmm {
                 let initramfs = inherited.add(helper::open(initramfs, false, "open the guest's initramfs")?);
                 (origin, config::Start::Boot { kernel, initramfs, cmdline })
             }
-            Beginning::Saved { name, files } => {
-                (format!("template: {name}"), config::Start::Restore(files.inherit(&mut inherited)))
-            }
+            Beginning::Saved { name, machine } => (format!("template: {name}"), machine.inherit(&mut inherited)),
         };
         let config = VmConfig {
             id: start.id.to_owned(),

@@ -233,7 +233,7 @@ async fn assemble(
     let suits = taps.len() == 1;
     let mut ends = HostEnds { fs: Some(fs), taps, netns };
     let restored = match found.filter(|_| suits) {
-        Some((template, files)) => power::restore(request, programs, held, &template, files, &mut ends).await?,
+        Some((template, machine)) => power::restore(request, programs, held, &template, machine, &mut ends).await?,
         None => None,
     };
     let (origin, powered) = match restored {

@@ -37,6 +37,7 @@ struct Files {
     /// The root file system is a disk.
     on_disk: bool,
     binds: Vec<HostBind>,
+    targets: Vec<PathBuf>,
 }
 
 /// All that a container needs before it can be made.
@@ -72,6 +73,7 @@ impl Pod {
             on_disk: disks.root.is_some(),
             bundle_rootfs: Path::new(&container.bundle).join(&guest.rootfs),
             binds: guest.needs.binds,
+            targets: guest.needs.targets,
         };
         let share = files.share.clone();
         let huge: Vec<_> = guest.needs.huge.into_iter().map(huge_volume).collect();
@@ -252,6 +254,7 @@ fn mount(files: &Files) -> Result<(), StorageError> {
         storage::bind(&files.bundle_rootfs, &root, options)?;
     } else {
         storage::mount_rootfs(&files.rootfs, &root, &files.scratch)?;
+        storage::make_targets(&root, &files.targets);
     }
     let mut namespaces = Namespaces::default();
     for bind in &files.binds {

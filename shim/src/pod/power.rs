@@ -24,7 +24,7 @@ use crate::peer::agent::Agent;
 use crate::peer::dial::Dial;
 use crate::peer::fs;
 use crate::peer::helper::Helper;
-use crate::peer::vmm::{self, Beginning, Net, Snapshot, Vmm};
+use crate::peer::vmm::{self, Beginning, Net, Saved, Vmm};
 use crate::random;
 use crate::template::{self, Template};
 
@@ -89,7 +89,7 @@ pub(super) async fn restore(
     programs: &Programs,
     held: &mut Held,
     template: &Template,
-    files: Snapshot,
+    machine: Saved,
     ends: &mut HostEnds,
 ) -> Result<Option<PoweredOn>, BootError> {
     let (dial, vmm_dial) = Dial::new()?;
@@ -97,7 +97,7 @@ pub(super) async fn restore(
     // A tap lives as long as one of its descriptors.
     let net = |tap: &Tap| Ok(Net { tap: Some(tap.fd.try_clone()?), mac: template::MAC, mtu: template::MTU });
     let begun = Begun {
-        from: Beginning::Saved { name: &template.name, files },
+        from: Beginning::Saved { name: &template.name, machine },
         nets: ends.taps.iter().map(net).collect::<io::Result<_>>().map_err(copied)?,
         fs: ends.fs.take(),
         netns: ends.netns.as_ref().map(OwnedFd::try_clone).transpose().map_err(copied)?,

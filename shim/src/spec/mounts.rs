@@ -51,6 +51,8 @@ pub(crate) struct MountIds {
 pub(crate) struct Needs {
     /// Of the host's files.
     pub(crate) binds: Vec<HostBind>,
+    /// Of the root file system: files to mount on, made if they are not there. The guest would make them too, for five requests to husk-fs each.
+    pub(crate) targets: Vec<PathBuf>,
     /// Of the guest's huge pages: volumes by their names below [`husk_agent_api::HUGE_DIR`].
     pub(crate) huge: BTreeMap<String, HugePages>,
 }
@@ -67,6 +69,11 @@ pub(crate) fn guest_mounts(
     }
     let mut turn = Turn { role, pod_ids, shared, points: MountPoints::default(), needs: Needs::default() };
     let mounts = mounts.into_iter().map(|mount| turn.mount(mount)).collect::<Result<Vec<_>, _>>()?;
+    // In a user namespace they are its root's own, who is nobody to the host.
+    turn.needs.targets.retain(|target| {
+        let covers = |mount: &Mount| mount.destination() != target && target.starts_with(mount.destination());
+        pod_ids.is_none() && !mounts.iter().any(covers)
+    });
     Ok((mounts, turn.needs))
 }
 
@@ -151,6 +158,9 @@ impl Turn<'_> {
         let has = |name: &str| options.iter().any(|option| option == name);
         let (readonly, below, recursive) = (has("ro") || has("rro"), has("rro"), has("rbind"));
         let live = has("rslave") || has("slave");
+        if !directory {
+            self.needs.targets.push(mount.destination().clone());
+        }
         let place = Path::new(if live { LIVE } else { MOUNTS }).join(self.needs.binds.len().to_string());
         mount.set_source(Some(self.shared.join(&place)));
         // Read-only is enforced on the host's mounts. The guest sees one file system: there the flag is for all that is below, so that it is

@@ -141,6 +141,23 @@ fn binds_go_to_the_share_directory_and_shm_stays_in_the_guest() {
 }
 
 #[test]
+fn targets_of_files_are_made_on_the_host_where_they_are_in_the_root_file_system() {
+    let targets = |value: &Value, ids: Option<&IdMap>| {
+        let targets = convert(spec(value.clone()), "c0ffee", &role(), ids).unwrap().needs.targets;
+        targets.into_iter().map(|path| path.display().to_string()).collect::<Vec<_>>()
+    };
+    let mut value = member();
+    value["mounts"][4] =
+        json!({"destination": "/proc/x", "type": "bind", "source": "/etc/passwd", "options": ["bind"]});
+    assert_eq!(targets(&value, None), ["/etc/hosts"]);
+    value["mounts"][1]["destination"] = json!("/etc");
+    assert!(targets(&value, None).is_empty());
+    let ids = IdMap::of_options("0:1000:65536", "0:1000:65536").unwrap();
+    let mapped = with_user_namespace(member(), json!("/proc/77/ns/user"));
+    assert!(targets(&mapped, Some(&ids)).is_empty());
+}
+
+#[test]
 fn a_volume_on_dev_shm_is_a_volume() {
     let mut value = member();
     value["mounts"][3]["source"] = json!("/var/lib/kubelet/pods/x/volumes/kubernetes.io~empty-dir/shm");

@@ -12,7 +12,7 @@ pub(crate) mod volume;
 use std::path::{Path, PathBuf};
 
 pub(crate) use idmap::IdMap;
-pub(crate) use rootfs::{RootfsMount, mount_rootfs};
+pub(crate) use rootfs::{RootfsMount, make_targets, mount_rootfs};
 pub(crate) use volume::{BindOptions, Propagation, bind, bind_mapped, unmount};
 
 /// Why a mount was not made or not removed.

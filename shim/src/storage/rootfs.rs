@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::mount::{MsFlags, mount};
-use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat2};
+use rustix::fs::{Mode, OFlags, ResolveFlags, open, openat, openat2};
 
 use super::idmap::{IdMap, Mapped};
 use super::volume::{BindOptions, Propagation, attach, bind_at, bind_mapped, unmount};
@@ -47,6 +47,21 @@ pub(crate) fn mount_rootfs(mounts: &[RootfsMount], target: &Path, scratch: &Path
         }
     }
     Ok(())
+}
+
+/// Makes the files among `targets`, paths in a root file system that nobody uses yet, that are missing there. Where that can't be, because of
+/// what the image has there or has not, the guest will say so.
+pub(crate) fn make_targets(root: &Path, targets: &[PathBuf]) {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(root) = open(root, flags | OFlags::NOFOLLOW, Mode::empty()) else { return };
+    // No link of the image leads out of it, and nothing is made in what else is mounted there.
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    for target in targets {
+        let (Some(directory), Some(name)) = (target.parent(), target.file_name()) else { continue };
+        let Ok(directory) = openat2(&root, directory, flags, Mode::empty(), resolve) else { continue };
+        let create = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let _ = openat(&directory, name, create, Mode::from_raw_mode(0o644));
+    }
 }
 
 fn mount_one(one: &RootfsMount, root: &Path, scratch: &Path) -> Result<(), StorageError> {

@@ -201,3 +201,33 @@ fn maps_ids_of_volumes_and_layers() {
         unmount(&root).unwrap();
     });
 }
+
+#[test]
+#[ignore = "needs root"]
+fn makes_missing_targets_within_the_root_only() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    apart(|here| {
+        let root = here.join("root");
+        fs::create_dir_all(root.join("etc")).unwrap();
+        fs::create_dir_all(root.join("other")).unwrap();
+        mount(Some("tmpfs"), &root.join("other"), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        fs::create_dir(here.join("outside")).unwrap();
+        write(root.join("etc/there"), "x").unwrap();
+        symlink("/etc", root.join("absolute")).unwrap();
+        symlink("../../outside", root.join("up")).unwrap();
+        symlink("/nowhere", root.join("etc/link")).unwrap();
+        let targets = ["/etc/hosts", "/etc/there", "/absolute/a", "/up/b", "/other/c", "/none/d", "/etc/link", "/"];
+        make_targets(&root, &targets.map(Into::into));
+        let mut there: Vec<_> =
+            fs::read_dir(root.join("etc")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        there.sort();
+        assert_eq!(there, ["a", "hosts", "link", "there"]);
+        let made = fs::metadata(root.join("etc/hosts")).unwrap();
+        assert_eq!((made.len(), made.permissions().mode() & 0o7777, made.uid()), (0, 0o644, 0));
+        assert_eq!(read_to_string(root.join("etc/there")).unwrap(), "x");
+        for empty in ["outside", "root/other"] {
+            assert!(fs::read_dir(here.join(empty)).unwrap().next().is_none(), "{empty}");
+        }
+        make_targets(&here.join("absent"), &["/etc/hosts".into()]);
+    });
+}

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use husk_agent_api::TEMPLATE_READY;
 use thiserror::Error;
 
+use super::code;
 use super::key::{InputError, Inputs};
 use super::store::{Lock, Manifest, Store, StoreError};
 use super::{MAC, MTU};
@@ -105,7 +106,9 @@ pub(super) async fn build(
     let finished = saved.and_then(|(nonce, bytes)| {
         let created_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let memory_length = std::fs::metadata(directory.join("memory")).map_err(look)?.len();
-        let manifest = Manifest { nonce: random::hex(&nonce), created_s, memory_length, inputs };
+        let code = code::of_kernel(&programs.kernel)
+            .map_err(|source| BuildError::Io { doing: "look for the kernel's code", source })?;
+        let manifest = Manifest { nonce: random::hex(&nonce), created_s, memory_length, code, inputs };
         store.finish(&directory, &manifest, lock)?;
         Ok(bytes)
     });

@@ -1,9 +1,10 @@
 //! Templates: virtual machines that were saved once their agent was up, from which pods of the same shape go on instead of booting
 //! (shim/docs/templates.md). `key` tells what shaped one, `store` keeps them on disk, `build` makes one, `background` does so after a
-//! pod's cold start, `command` is the operator's side.
+//! pod's cold start, `command` is the operator's side, `code` finds what all pods from one can share.
 
 pub(crate) mod background;
 mod build;
+mod code;
 pub(crate) mod command;
 mod key;
 mod store;
@@ -14,7 +15,7 @@ use tracing::warn;
 
 use crate::config::{Config, Programs, Templates};
 use crate::error::chain;
-use crate::peer::vmm::Snapshot;
+use crate::peer::vmm::Saved;
 use crate::spec::size::Size;
 pub(crate) use key::Inputs;
 use store::{Store, StoreError};
@@ -42,13 +43,15 @@ pub(crate) struct Template {
     directory: PathBuf,
     /// Tells the directory from a later one of the same name.
     inode: u64,
+    /// Where its kernel's code is.
+    code: Option<code::Code>,
 }
 
 /// What a pod that starts has of templates.
 #[derive(Debug, Default)]
 pub(crate) struct Sought {
     /// The template that it goes on from.
-    pub(crate) found: Option<(Template, Snapshot)>,
+    pub(crate) found: Option<(Template, Saved)>,
     /// What a template for it is made of, if one is to be built where there is none that is sound.
     pub(crate) wanted: Option<Inputs>,
 }
@@ -68,7 +71,16 @@ pub(crate) fn seek(config: &Config, programs: &Programs, size: Size) -> Sought {
     };
     let store = Store::of_host();
     let found = match store.find(&inputs) {
-        Ok(found) => found,
+        Ok(Some((template, mut saved))) => {
+            if config.share_code {
+                let shared = store.share(&template, &saved);
+                shared.map(|code| saved.code = code).unwrap_or_else(|error| {
+                    warn!("the pod has its kernel's code for itself: {}", chain(&error));
+                });
+            }
+            Some((template, saved))
+        }
+        Ok(None) => None,
         Err(error) => {
             warn!("the pod starts without a template: {}", chain(&error));
             if !matches!(error, StoreError::Damaged { .. }) {

@@ -4,7 +4,8 @@
 //! directory since no id begins with a dot.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -16,10 +17,11 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use super::code::Code;
 use super::key::{FileIdentity, Inputs};
 use super::{NOTES, Template};
 use crate::error::chain;
-use crate::peer::vmm::Snapshot;
+use crate::peer::vmm::{Saved, Snapshot};
 use crate::random;
 
 /// Where templates are.
@@ -50,6 +52,10 @@ const LOCK: &str = ".lock";
 const BUILDING: &str = ".building-";
 const REMOVED: &str = ".removed-";
 
+/// What follows a template's name in the name of the file that has its kernel's code, and while that is written.
+const CODE: &str = ".code-";
+const NEW_CODE: &str = ".new-code-";
+
 /// The templates of a host.
 #[derive(Clone, Debug)]
 pub(crate) struct Store {
@@ -67,6 +73,8 @@ pub(super) struct Manifest {
     pub(super) created_s: u64,
     /// Length of its memory file in bytes: all memory that the machine can have.
     pub(super) memory_length: u64,
+    /// Where its kernel's code is, if that can be shared.
+    pub(super) code: Option<Code>,
     /// All that shaped it.
     pub(super) inputs: Inputs,
 }
@@ -124,7 +132,6 @@ pub(crate) struct Lock(File);
 impl Lock {
     /// One that this process has taken or inherited. Whoever waits for it in vain reads in its file who has it.
     pub(super) fn of(mut file: File) -> Self {
-        use std::io::Seek;
         let note = format!("{:<10}\n", std::process::id());
         if let Err(error) = file.rewind().and_then(|()| file.write_all(note.as_bytes())) {
             warn!("cannot note in the lock of the templates who has it: {error}");
@@ -145,7 +152,7 @@ impl Store {
     }
 
     /// The template that fits `inputs`, its files open and sound.
-    pub(crate) fn find(&self, inputs: &Inputs) -> Result<Option<(Template, Snapshot)>, StoreError> {
+    pub(crate) fn find(&self, inputs: &Inputs) -> Result<Option<(Template, Saved)>, StoreError> {
         let text = inputs.text();
         let name = inputs.name_by(&text);
         let directory = self.root.join(&name);
@@ -163,33 +170,80 @@ impl Store {
 
         let stamp = stamp(&state_metadata, &memory_metadata, &manifest, &text);
         let noted = fs::read_to_string(self.notes.join(&name)).ok();
-        let nonce = match noted.as_deref().and_then(|noted| noted.strip_suffix(&stamp)).and_then(parse_nonce) {
-            Some(nonce) => nonce,
+        let known = match noted.as_deref().and_then(|noted| noted.strip_suffix(&stamp)).and_then(Known::parse) {
+            Some(known) => known,
             None => {
-                let Some(nonce) = self.inspect(&directory, inputs, (&state, &memory))? else { return Ok(None) };
-                self.note(&name, &nonce, &stamp);
-                nonce
+                let Some(known) = self.inspect(&directory, inputs, (&state, &memory))? else { return Ok(None) };
+                self.note(&name, &known, &stamp);
+                known
             }
         };
         self.note_use(&path, &manifest);
-        let template = Template { name, nonce, directory, inode };
-        Ok(Some((template, Snapshot { state: state.into(), memory: memory.into() })))
+        let template = Template { name, nonce: known.nonce, directory, inode, code: known.code };
+        Ok(Some((template, Saved { state: state.into(), memory: memory.into(), code: None })))
     }
 
-    /// Looks at all of a template: its nonce, if it fits `inputs`.
+    /// The kernel's code of a template that was found, in memory until the host's next boot, and its address in the guest; nothing where it
+    /// can't be shared. Made for the first pod.
+    pub(super) fn share(&self, template: &Template, saved: &Saved) -> Result<Option<(OwnedFd, u64)>, StoreError> {
+        let (Some(code), name) = (&template.code, &template.name) else { return Ok(None) };
+        let look = |source| StoreError::Io { doing: "read the template in", path: template.directory.clone(), source };
+        let mut memory = File::from(saved.memory.try_clone().map_err(look)?);
+        let metadata = memory.metadata().map_err(look)?;
+        // The file is of just this memory file: a template of the same name may take its place meanwhile.
+        let identity = format!("{:x}-{:x}-{:x}", metadata.ino(), metadata.mtime(), metadata.mtime_nsec());
+        let path = self.notes.join(format!("{name}{CODE}{identity}"));
+        let failed = |doing| {
+            let path = path.clone();
+            move |source| StoreError::Io { doing, path, source }
+        };
+        let wanted = code.end.saturating_sub(code.start);
+        if entry(&path)?.is_none() {
+            self.forget(name, CODE);
+            let made = self.notes.join(format!("{name}{NEW_CODE}{}", std::process::id()));
+            let mut make = || {
+                self.make_notes()?;
+                let mut options = OpenOptions::new();
+                let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&made)?;
+                memory.seek(SeekFrom::Start(code.start))?;
+                let copied = io::copy(&mut (&memory).take(wanted), &mut file)?;
+                if copied == wanted { fs::rename(&made, &path) } else { Err(ErrorKind::UnexpectedEof.into()) }
+            };
+            make().inspect_err(|_| _ = fs::remove_file(&made)).map_err(failed("write"))?;
+        }
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path).map_err(failed("open"))?;
+        let metadata = file.metadata().map_err(failed("look at"))?;
+        check(&path, &metadata, Kind::File)?;
+        if metadata.len() != wanted {
+            return Err(failed("use")(io::Error::other(format!("it has {} bytes, not {wanted}", metadata.len()))));
+        }
+        Ok(Some((file.into(), code.start)))
+    }
+
+    /// Removes files with the kernel's code of templates that were called so; pods that have them open keep them.
+    fn forget(&self, name: &str, kind: &str) {
+        let prefix = format!("{name}{kind}");
+        for entry in fs::read_dir(&self.notes).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
+    /// Looks at all of a template: what a pod must know of it, if it fits `inputs`.
     fn inspect(
         &self,
         directory: &Path,
         inputs: &Inputs,
         (state, memory): (&File, &File),
-    ) -> Result<Option<[u8; 16]>, StoreError> {
+    ) -> Result<Option<Known>, StoreError> {
         let damaged = |what: String| StoreError::Damaged { path: directory.to_owned(), what };
         let unreadable = |source| StoreError::Io { doing: "read the template in", path: directory.to_owned(), source };
         let manifest = self.manifest(directory)?;
         if manifest.inputs != *inputs {
             return Ok(None);
         }
-        let nonce = parse_nonce(&manifest.nonce).ok_or_else(|| damaged("its nonce is none".to_owned()))?;
+        let known = Known::of(&manifest).ok_or_else(|| damaged("its nonce is none".to_owned()))?;
         if memory.metadata().map_err(unreadable)?.len() != manifest.memory_length {
             return Err(damaged("its memory has another length than it should".to_owned()));
         }
@@ -197,7 +251,7 @@ impl Store {
             VerifyError::Read(source) => unreadable(source),
             broken => damaged(chain(&broken)),
         })?;
-        Ok(Some(nonce))
+        Ok(Some(known))
     }
 
     /// Whether there is a root directory, as it must be.
@@ -333,9 +387,9 @@ impl Store {
         fs::rename(made, &directory).map_err(failed("rename", made))?;
         File::open(&self.root).and_then(|root| root.sync_all()).map_err(failed("sync", &self.root))?;
         let files = ["state", "memory", MANIFEST].map(|file| fs::symlink_metadata(directory.join(file)));
-        if let ([Ok(state), Ok(memory), Ok(file)], Some(nonce)) = (&files, parse_nonce(&manifest.nonce)) {
+        if let ([Ok(state), Ok(memory), Ok(file)], Some(known)) = (&files, Known::of(manifest)) {
             // It lies in the host's memory as it was written.
-            self.note(&name, &nonce, &stamp(state, memory, file, &manifest.inputs.text()));
+            self.note(&name, &known, &stamp(state, memory, file, &manifest.inputs.text()));
         }
         let _ = fs::remove_file(self.failure(&name));
         self.sweep(lock);
@@ -375,6 +429,8 @@ impl Store {
             source,
         })?;
         let _ = fs::remove_file(self.notes.join(&name));
+        self.forget(&name, CODE);
+        self.forget(&name, NEW_CODE);
         delete(&away);
         Ok(())
     }
@@ -425,9 +481,9 @@ impl Store {
     }
 
     /// Notes that this very template was verified since the host's boot, and what its agent's hello will say.
-    fn note(&self, name: &str, nonce: &[u8; 16], stamp: &str) {
+    fn note(&self, name: &str, known: &Known, stamp: &str) {
         let path = self.notes.join(name);
-        let note = random::hex(nonce) + stamp;
+        let note = known.text() + stamp;
         if let Err(error) = self.make_notes().and_then(|()| fs::write(&path, note)) {
             warn!("cannot note in {} that the template is sound: {error}", path.display());
         }
@@ -550,6 +606,33 @@ fn stamp(state: &Metadata, memory: &Metadata, manifest: &Metadata, inputs: &str)
     format!("\n{files:?} {} {} {}\n{inputs}", manifest.dev(), manifest.ino(), manifest.len())
 }
 
+/// What a pod must know of a sound template: on one line of its note.
+struct Known {
+    nonce: [u8; 16],
+    code: Option<Code>,
+}
+
+impl Known {
+    /// Nothing if the manifest's nonce is none.
+    fn of(manifest: &Manifest) -> Option<Self> {
+        Some(Self { nonce: parse_nonce(&manifest.nonce)?, code: manifest.code.clone() })
+    }
+
+    fn text(&self) -> String {
+        let code = self.code.as_ref().map(|code| format!(" {:x}-{:x}", code.start, code.end));
+        random::hex(&self.nonce) + &code.unwrap_or_default()
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let Some((nonce, code)) = text.split_once(' ') else {
+            return Some(Self { nonce: parse_nonce(text)?, code: None });
+        };
+        let (start, end) = code.split_once('-')?;
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        Some(Self { nonce: parse_nonce(nonce)?, code: Some(Code { start: number(start)?, end: number(end)? }) })
+    }
+}
+
 /// A nonce of 32 hexadecimal digits.
 fn parse_nonce(text: &str) -> Option<[u8; 16]> {
     let number = u128::from_str_radix(text, 16).ok().filter(|_| text.len() == 32 && !text.starts_with('+'));
@@ -582,7 +665,6 @@ enum VerifyError {
 
 /// Checks both files' checksums, which takes the reading of all of them. The state can be read from its beginning afterwards.
 fn verify(mut state: &File, memory: &File) -> Result<(), VerifyError> {
-    use std::io::Seek;
     let mut bytes = Vec::new();
     state.take(MAX_STATE + 1).read_to_end(&mut bytes).map_err(VerifyError::Read)?;
     let (_, sum) = husk_snapshot::wire::decode(&bytes)?;

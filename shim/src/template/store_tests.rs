@@ -37,6 +37,7 @@ impl World {
             nonce: "ab".repeat(16),
             created_s: 1,
             memory_length: inputs.memory_mib << 20,
+            code: Some(Code { start: 0, end: 64 << 10 }),
             inputs: inputs.clone(),
         };
         self.store.finish(&made, &manifest, &lock).unwrap();
@@ -46,7 +47,7 @@ impl World {
         self.store.root.join(self.inputs.name())
     }
 
-    fn find(&self) -> Result<Option<(Template, Snapshot)>, StoreError> {
+    fn find(&self) -> Result<Option<(Template, Saved)>, StoreError> {
         self.store.find(&self.inputs)
     }
 
@@ -72,6 +73,40 @@ fn what_is_made_is_found_until_it_is_removed() {
     world.store.remove(&template).unwrap();
     assert!(world.find().unwrap().is_none());
     assert_eq!(world.store.entries(), [world.store.root.join(".lock")]);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn the_kernels_code_is_one_file_for_all_until_the_template_is_removed() {
+    use std::os::unix::fs::FileExt;
+    let world = World::new();
+    let code = || {
+        let (template, saved) = world.find().unwrap().unwrap();
+        let shared = world.store.share(&template, &saved);
+        shared.map(|code| code.map(|(file, address)| (File::from(file), address)).unwrap())
+    };
+    let files = || {
+        let names = fs::read_dir(&world.store.notes).unwrap().map(|entry| entry.unwrap().path());
+        names.filter(|path| path.to_string_lossy().contains("code-")).collect::<Vec<_>>()
+    };
+    world.make(&world.inputs, b"first");
+    let ((first, address), (again, _)) = (code().unwrap(), code().unwrap());
+    let mut bytes = [0; 6];
+    first.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!((&bytes, address), (b"first\0", 0));
+    assert_eq!(first.metadata().unwrap().ino(), again.metadata().unwrap().ino());
+    assert!(first.write_at(b"x", 0).is_err(), "a pod could write what others run");
+    world.make(&world.inputs, b"second");
+    let (second, _) = code().unwrap();
+    second.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!((&bytes, files().len()), (b"second", 1));
+    first.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(&bytes, b"first\0");
+    // Of no use to anybody: the template is, without it.
+    File::options().write(true).open(&files()[0]).unwrap().set_len(5).unwrap();
+    assert!(code().is_err());
+    assert!(world.store.remove_named(&world.inputs.name()).unwrap());
+    assert!(files().is_empty());
 }
 
 #[test]

@@ -63,10 +63,28 @@ pub enum Start {
         cmdline: String,
     },
     /// A VM of the same shape that was saved by the same husk-vmm.
-    Restore(Snapshot),
+    Restore {
+        /// What is not memory, open for reading.
+        state: Fd,
+        /// Guest memory, sparse, open for reading.
+        memory: Fd,
+        /// The guest kernel's code, which is mapped then and not copied. A machine that is to be saved again must have none.
+        #[serde(default)]
+        code: Option<Code>,
+    },
 }
 
-/// The two files of a snapshot, see husk-snapshot: open for reading, or empty and open for writing.
+/// Memory that many VMs share, because their guests never write it nor have devices do so.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Code {
+    /// What the memory file of the snapshot has there, open for reading; as long as the code, a multiple of 2 MiB.
+    pub file: Fd,
+    /// Guest-physical start, a multiple of 2 MiB.
+    pub address: u64,
+}
+
+/// The two files that a snapshot is written into, see husk-snapshot: empty, open for writing.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Snapshot {

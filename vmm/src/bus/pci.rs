@@ -124,11 +124,14 @@ impl PciBus {
         if has != wants {
             return Err(RestoreError::Count { has, wants });
         }
-        let mut states = states.iter();
-        for place in &self.places {
-            if let Some(function) = &mut *lock(&place.function)
-                && let Some(state) = states.next()
-            {
+        let there = || self.places.iter().filter(|place| lock(&place.function).is_some());
+        for (place, state) in there().zip(states) {
+            if let Some(function) = &*lock(&place.function) {
+                function.announce(state);
+            }
+        }
+        for (place, state) in there().zip(states) {
+            if let Some(function) = &mut *lock(&place.function) {
                 function.restore(state)?;
                 place.follow(Some(&**function));
             }

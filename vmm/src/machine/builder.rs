@@ -19,7 +19,7 @@ use super::boot::{BootError, Images};
 use super::devices::{self, Backends, DeviceError, EventLoop};
 use super::disks::Disks;
 use super::generation::{self, GenerationError};
-use super::inherited::{Inherited, Snapshot, Start};
+use super::inherited::{Code, Inherited, Snapshot, Start};
 use super::irq::Interrupts;
 use super::memory::MemoryError;
 use super::saved::{MachineState, Slot, VcpuStateError};
@@ -121,6 +121,7 @@ impl BuildError {
     pub(crate) fn is_of_snapshot(&self) -> bool {
         match self {
             Self::Other { .. } | Self::State(_) | Self::SavedVcpu(_) => true,
+            Self::Memory(MemoryError::Code { .. }) => true,
             Self::SavedMemory(error) => !matches!(error, husk_snapshot::MemoryError::Guest { .. }),
             Self::SavedDevice(error) => error.is_of_other_machine(),
             _ => false,
@@ -232,16 +233,27 @@ fn fill(config: &VmConfig, memory: &GuestMemory, start: Start) -> Result<Beginni
             let images = Images { kernel: &mut kernel, initramfs: &mut initramfs, cmdline, acpi: &acpi };
             Beginning::Kernel(boot::load(memory, images)?)
         }
-        (Start::Restore(Snapshot { mut state, memory: file }), _) => {
+        (Start::Restore(Snapshot { mut state, memory: file }, code), _) => {
             let (state, _) = husk_snapshot::read_state::<MachineState>(&mut state)?;
-            let ranges = husk_snapshot::memory::filled(memory, &file)?;
+            let mut ranges = husk_snapshot::memory::filled(memory, &file)?;
+            if let Some(Code { file, address }) = code {
+                if config.save.is_some() {
+                    return Err(BuildError::Unsupported(
+                        "saving a machine whose kernel's code is another's too".into(),
+                    ));
+                }
+                let code = memory::map_code(memory, &file, address)?;
+                memory::leave_out(&mut ranges, &code);
+                // The first machine makes them, for all.
+                memory::make_huge(memory, code);
+            }
             for part in memory::worth_huge(&ranges) {
                 memory::make_huge(memory, part);
             }
             husk_snapshot::memory::restore(memory, &file, &ranges)?;
             Beginning::Saved(Box::new(state))
         }
-        (Start::Boot { .. }, config::Start::Restore(_)) => {
+        (Start::Boot { .. }, config::Start::Restore { .. }) => {
             return Err(BuildError::Unsupported(
                 "a configuration that is not the one its descriptors were taken by".into(),
             ));

@@ -35,7 +35,13 @@ pub(crate) struct Inherited {
 /// What the machine begins from.
 pub(crate) enum Start {
     Boot { kernel: File, initramfs: File },
-    Restore(Snapshot),
+    Restore(Snapshot, Option<Code>),
+}
+
+/// The guest kernel's code, see [`config::Code`].
+pub(crate) struct Code {
+    pub(crate) file: File,
+    pub(crate) address: u64,
 }
 
 /// A snapshot's files.
@@ -82,7 +88,14 @@ impl Taker {
                 kernel: self.take("kernel", *kernel)?.into(),
                 initramfs: self.take("initramfs", *initramfs)?.into(),
             },
-            config::Start::Restore(snapshot) => Start::Restore(self.take_snapshot(snapshot)?),
+            config::Start::Restore { state, memory, code } => {
+                let snapshot = self.take_snapshot(&config::Snapshot { state: *state, memory: *memory })?;
+                let take = |code: &config::Code| {
+                    let file = self.take("kernel's code", code.file)?.into();
+                    Ok(Code { file, address: code.address })
+                };
+                Start::Restore(snapshot, code.as_ref().map(take).transpose()?)
+            }
         };
         let taps = config.nets.iter().map(|net| net.tap.map(|tap| self.take("tap", tap)).transpose());
         let taps = taps.collect::<Result<_, _>>()?;

@@ -35,13 +35,16 @@ struct State {
     free_gsis: Vec<u32>,
     /// Address and data of each routed vector.
     routes: BTreeMap<u32, (u64, u32)>,
+    /// Those that are to be set with the next change.
+    announced: BTreeMap<u32, (u64, u32)>,
 }
 
 impl Interrupts {
     /// Makes the in-kernel interrupt controllers. Comes before any vCPU.
     pub(crate) fn new(vm: Arc<VmFd>) -> io::Result<Self> {
         vm.create_irq_chip()?;
-        let state = State { next_gsi: IOAPIC_PINS, free_gsis: Vec::new(), routes: BTreeMap::new() };
+        let state =
+            State { next_gsi: IOAPIC_PINS, free_gsis: Vec::new(), routes: BTreeMap::new(), announced: BTreeMap::new() };
         Ok(Self { shared: Arc::new(Shared { vm, state: Mutex::new(state) }) })
     }
 
@@ -90,13 +93,17 @@ impl Shared {
     fn free_gsi(&self, gsi: u32) {
         let mut state = lock(&self.state);
         state.routes.remove(&gsi);
+        state.announced.remove(&gsi);
         state.free_gsis.push(gsi);
     }
 
     /// Adds or changes a route. KVM takes the whole table at once and waits for readers of the old one, so nothing is done for no change.
     fn route(&self, gsi: u32, address: u64, data: u32) -> io::Result<()> {
         let mut state = lock(&self.state);
-        if state.routes.insert(gsi, (address, data)) == Some((address, data)) {
+        let mut announced = std::mem::take(&mut state.announced);
+        let is_new = !announced.is_empty();
+        state.routes.append(&mut announced);
+        if state.routes.insert(gsi, (address, data)) == Some((address, data)) && !is_new {
             return Ok(());
         }
         let pins = (0..IOAPIC_PINS).map(pin_route);
@@ -133,6 +140,10 @@ struct Vector {
 }
 
 impl MsiVector for Vector {
+    fn announce(&self, address: u64, data: u32) {
+        lock(&self.shared.state).announced.insert(self.gsi, (address, data));
+    }
+
     fn route(&self, address: u64, data: u32) -> io::Result<()> {
         let mut connected = lock(&self.connected);
         self.shared.route(self.gsi, address, data)?;

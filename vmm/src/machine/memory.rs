@@ -42,6 +42,15 @@ pub(crate) enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// The guest kernel's code.
+    #[error("Could not map the kernel's code at {address:#x}")]
+    Code {
+        /// Guest-physical start.
+        address: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// All regions together.
     #[error("Could not make guest memory of its regions")]
     Regions(#[source] GuestRegionCollectionError),
@@ -132,6 +141,33 @@ pub(crate) fn make_huge(memory: &GuestMemory, part: Range<u64>) {
     }
 }
 
+/// Maps the code of a saved machine's kernel in the place of guest memory that still is empty; where that is. All machines that do so have one
+/// copy of it. What a guest writes there nevertheless is its own (MAP_PRIVATE): a kernel that mends its code does.
+///
+/// husk-fs sees nothing there. It has no need to: a kernel neither frees its code nor has devices read or write it.
+pub(crate) fn map_code(memory: &GuestMemory, file: &File, address: u64) -> Result<Range<u64>, MemoryError> {
+    let failed = |source| MemoryError::Code { address, source };
+    let len = file.metadata().map_err(failed)?.len();
+    let size =
+        NonZeroUsize::new(len as usize).filter(|_| address.is_multiple_of(HUGE_PAGE) && len.is_multiple_of(HUGE_PAGE));
+    let size = size.ok_or_else(|| failed(io::Error::other(format!("{len} bytes there are no whole huge pages"))))?;
+    let slice = memory.get_slice(GuestAddress(address), size.get()).map_err(|error| failed(io::Error::other(error)))?;
+    let host = slice.ptr_guard_mut().as_ptr() as usize;
+    let (protection, flags) =
+        (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE);
+    // SAFETY: the range is within guest memory's own mapping, of one region, to which nobody has a reference; it stays mapped.
+    unsafe { mmap(NonZeroUsize::new(host), size, protection, flags | MapFlags::MAP_FIXED, file, 0) }
+        .map_err(|errno| failed(errno.into()))?;
+    Ok(address..address + len)
+}
+
+/// Takes `part` out of ranges that are sorted.
+pub(crate) fn leave_out(ranges: &mut Vec<Range<u64>>, part: &Range<u64>) {
+    let rest =
+        ranges.iter().flat_map(|range| [range.start..range.end.min(part.start), range.start.max(part.end)..range.end]);
+    *ranges = rest.filter(|range| range.start < range.end).collect();
+}
+
 /// Of the ranges, sorted, that a saved machine fills: the huge pages that are worth it, a quarter of each filled at
 /// least: with an eighth a pod took 7 MiB more and started no sooner.
 pub(crate) fn worth_huge(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
@@ -205,6 +241,63 @@ mod tests {
         assert_eq!(worth_huge(&filled), one(0..2 * page));
         assert_eq!(worth_huge(&one(page..4 * page)), one(page..4 * page));
         assert!(worth_huge(&[]).is_empty());
+    }
+
+    #[test]
+    fn code_is_shared_until_it_is_written() {
+        let memory = create(64 * layout::MIB).unwrap();
+        let mut file = tempfile();
+        file.set_len(2 * HUGE_PAGE).unwrap();
+        std::io::Write::write_all(&mut file, &[7; 100]).unwrap();
+        let address = 16 * layout::MIB;
+        let mapped = map_code(&memory, &file, address).unwrap();
+        assert_eq!(mapped, address..address + 2 * HUGE_PAGE);
+        let read = |address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
+        assert_eq!((read(address), read(address + 99), read(address + 100)), (7, 7, 0));
+        memory.write_obj(8u8, GuestAddress(address + 1)).unwrap();
+        assert_eq!((read(address), read(address + 1)), (7, 8));
+        let mut bytes = [0; 2];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+        assert_eq!(bytes, [7, 7]);
+        assert_eq!(blocks(&memory), 0, "nothing of it is in the memory file");
+    }
+
+    #[test]
+    fn code_that_does_not_fit_is_refused() {
+        let memory = create(64 * layout::MIB).unwrap();
+        let file = tempfile();
+        let refused = |len, address| {
+            file.set_len(len).unwrap();
+            map_code(&memory, &file, address).unwrap_err();
+        };
+        refused(0, 0);
+        refused(HUGE_PAGE - 4096, 0);
+        refused(HUGE_PAGE, 4096);
+        refused(2 * HUGE_PAGE, 62 * layout::MIB);
+        refused(HUGE_PAGE, u64::MAX - HUGE_PAGE + 1);
+        refused(1 << 50, 0);
+    }
+
+    #[test]
+    fn what_is_mapped_is_not_filled() {
+        let left = |part: Range<u64>| {
+            let mut ranges = vec![0..10, 20..30, 40..50];
+            leave_out(&mut ranges, &part);
+            ranges
+        };
+        assert_eq!(left(10..20), [0..10, 20..30, 40..50]);
+        assert_eq!(left(5..25), [0..5, 25..30, 40..50]);
+        assert_eq!(left(42..44), [0..10, 20..30, 40..42, 44..50]);
+        assert_eq!(left(0..60), []);
+    }
+
+    fn tempfile() -> File {
+        File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap())
+    }
+
+    fn blocks(memory: &GuestMemory) -> u64 {
+        let files = memory.iter().map(|region| region.file_offset().unwrap().file().metadata().unwrap());
+        files.map(|metadata| std::os::unix::fs::MetadataExt::blocks(&metadata)).sum()
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub trait Interrupt: Send + Sync {
 
 /// One MSI-X vector of a PCI function, delivered by the machine (KVM: a GSI with an irqfd and a route).
 pub trait MsiVector: Send + Sync {
+    /// Tells in advance where the interrupt will go, so that the machine can set many routes at once with the first of them.
+    fn announce(&self, _address: u64, _data: u32) {}
     /// Sets where the interrupt goes. Called on each unmasked change of the table's entry.
     fn route(&self, address: u64, data: u32) -> io::Result<()>;
     /// Stops delivery (vector masked); the event's signals while masked are kept by the transport's pending bit.
@@ -56,6 +58,8 @@ pub trait PciFunction: Send {
     fn bar_write(&mut self, offset: u64, data: &[u8]);
     /// The state for a snapshot, while the vCPUs stand still.
     fn save(&self) -> Result<FunctionState, SavedError>;
+    /// Tells the machine of what [`Self::restore`] will ask it for.
+    fn announce(&self, _state: &FunctionState) {}
     /// Brings a function that no guest has touched into the state.
     fn restore(&mut self, state: &FunctionState) -> Result<(), SavedError>;
 }

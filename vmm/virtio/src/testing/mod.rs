@@ -191,6 +191,7 @@ impl Interrupt for Counts {
 
 /// A vector that remembers its route.
 pub(crate) struct FakeVector {
+    pub(crate) announced: Mutex<Option<(u64, u32)>>,
     pub(crate) route: Mutex<Option<(u64, u32)>>,
     pub(crate) routes: AtomicU32,
     event: EventFd,
@@ -204,6 +205,10 @@ impl FakeVector {
 }
 
 impl MsiVector for FakeVector {
+    fn announce(&self, address: u64, data: u32) {
+        *self.announced.lock().unwrap() = Some((address, data));
+    }
+
     fn route(&self, address: u64, data: u32) -> std::io::Result<()> {
         *self.route.lock().unwrap() = Some((address, data));
         self.routes.fetch_add(1, Ordering::SeqCst);
@@ -224,6 +229,7 @@ pub(crate) fn fake_vectors(count: u16) -> Vec<Arc<FakeVector>> {
     (0..count)
         .map(|_| {
             Arc::new(FakeVector {
+                announced: Mutex::new(None),
                 route: Mutex::new(None),
                 routes: AtomicU32::new(0),
                 event: EventFd::new(EFD_NONBLOCK).unwrap(),

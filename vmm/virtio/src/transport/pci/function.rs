@@ -269,6 +269,10 @@ impl PciFunction for VirtioPciFunction {
         self.saved()
     }
 
+    fn announce(&self, state: &FunctionState) {
+        self.announce_vectors(state);
+    }
+
     fn restore(&mut self, state: &FunctionState) -> Result<(), SavedError> {
         self.replay(state)
     }

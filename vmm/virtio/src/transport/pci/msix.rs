@@ -159,6 +159,14 @@ impl Msix {
         }
     }
 
+    /// Announces the routes that [`Self::restore`] and then [`Self::set_control`] will set.
+    pub(super) fn announce(&self, vectors: &[VectorState]) {
+        let table = self.lock();
+        for (entry, vector) in table.entries.iter().zip(vectors).filter(|(_, vector)| !vector.masked) {
+            entry.vector.announce(vector.address & !3, vector.data);
+        }
+    }
+
     /// Reads the pending bit array.
     pub(super) fn read_pending(&self, offset: u64, data: &mut [u8]) {
         let table = self.lock();

@@ -76,3 +76,18 @@ fn the_table_reads_back_and_ends() {
     }
     msix.read_pending(u64::MAX, &mut bytes);
 }
+
+#[test]
+fn what_a_restore_will_route_is_announced() {
+    let (saved, _) = setup();
+    write_entry(&saved, 1, 0xfee0_0000, 0x41, 0);
+    write_entry(&saved, 2, 0xfee0_0000, 0x42, ENTRY_MASKED);
+    let states = saved.save();
+    let (msix, vectors) = setup();
+    msix.announce(&states);
+    msix.restore(&states);
+    msix.set_control(true, false);
+    let seen = vectors.iter().map(|vector| (*vector.announced.lock().unwrap(), *vector.route.lock().unwrap()));
+    let routed = Some((0xfee0_0000, 0x41));
+    assert_eq!(seen.collect::<Vec<_>>(), [(None, None), (routed, routed), (None, None)]);
+}

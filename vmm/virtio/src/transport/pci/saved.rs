@@ -33,6 +33,11 @@ impl VirtioPciFunction {
         })
     }
 
+    /// Announces the vectors that [`Self::replay`] will connect.
+    pub(super) fn announce_vectors(&self, state: &FunctionState) {
+        self.shared.msix.announce(&state.vectors);
+    }
+
     /// Brings a function that no guest has touched into the state. Each queue is then looked at once, and each of its vectors raised
     /// once: what was under way in either direction when the state was taken is not lost, and one time too many does no harm.
     pub(super) fn replay(&mut self, state: &FunctionState) -> Result<(), SavedError> {
