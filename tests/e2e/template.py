@@ -381,12 +381,22 @@ def test_an_upgrade_never_uses_an_old_one(containerd):
             assert log.starts() == ["cold"]
 
 
+def _threads():
+    """Of programs: the kernel's own come and go with its work. (PF_KTHREAD in proc_pid_stat(5)'s flags.)"""
+    count = 0
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            count += 0 if int(fields[6]) & 0x200000 else int(fields[17])
+    return count
+
+
 def _figures():
     """What the host has in use of what could leak."""
     meminfo = dict(re.findall(r"(\w+): +(\d+) kB", pathlib.Path("/proc/meminfo").read_text()))
     cgroups = dict(line.split() for line in pathlib.Path("/sys/fs/cgroup/cgroup.stat").read_text().splitlines())
     return {"shared memory KiB": int(meminfo["Shmem"]), "kernel stacks KiB": int(meminfo["KernelStack"]), "kernel objects KiB": int(meminfo["SUnreclaim"]),
-            "anonymous memory KiB": int(meminfo["AnonPages"]), "threads": int(pathlib.Path("/proc/loadavg").read_text().split()[3].split("/")[1]),
+            "anonymous memory KiB": int(meminfo["AnonPages"]), "threads": _threads(),
             "open files": int(pathlib.Path("/proc/sys/fs/file-nr").read_text().split()[0]), "cgroups": int(cgroups["nr_descendants"]),
             "dying cgroups": int(cgroups["nr_dying_descendants"]), "sockets": int(re.search(r"used (\d+)", pathlib.Path("/proc/net/sockstat").read_text())[1]),
             "templates KiB": sum(path.stat().st_blocks for path in ROOT.rglob("*")) // 2}
