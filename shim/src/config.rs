@@ -295,6 +295,25 @@ mod tests {
     }
 
     #[test]
+    fn each_key_is_documented_with_its_default() {
+        let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/config.toml")).unwrap();
+        let lines = text.lines().filter_map(|line| line.strip_prefix("# "));
+        let assigned = lines.filter_map(|line| Some((line.split_once(" = ")?.0, line)));
+        let documented: Vec<_> = assigned.filter(|(key, _)| !key.contains(' ')).collect();
+        // serde names all keys where it refuses one.
+        let refused = toml::from_str::<Config>("none = 1").unwrap_err().to_string();
+        let expected = refused.split_once("expected").unwrap().1;
+        let keys: Vec<_> = expected.split('`').skip(1).step_by(2).collect();
+        assert_eq!(documented.len(), keys.len(), "{keys:?}");
+        assert!(keys.iter().all(|key| documented.iter().any(|(documented, _)| documented == key)), "{documented:?}");
+        let paths = ["kernel", "initramfs", "vmm", "fs"];
+        let defaults = documented.iter().filter(|(key, _)| !paths.contains(key)).map(|(_, line)| *line);
+        let scratch = Scratch::new("documented");
+        scratch.write("config.toml", &defaults.collect::<Vec<_>>().join("\n"));
+        assert_eq!(scratch.load().unwrap(), Config::default());
+    }
+
+    #[test]
     fn programs_lie_beside_the_shim() {
         let programs = Config::default().programs_of(Path::new("/opt/husk/bin"));
         assert_eq!(programs.vmm, Path::new("/opt/husk/bin/husk-vmm"));
