@@ -8,6 +8,7 @@ import pathlib
 
 from harness.command import run
 from harness.crictl import Pod
+from harness.settings import settings as settings_in
 
 SETTINGS = pathlib.Path("/etc/husk/config.d/99-bench.toml")
 
@@ -35,15 +36,9 @@ def fastest():
     return "template" if "template" in sides() else "cold"
 
 
-@contextlib.contextmanager
 def settings(keys):
     """Keys of husk's configuration for the pods that are started within."""
-    SETTINGS.parent.mkdir(parents=True, exist_ok=True)
-    SETTINGS.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
-    try:
-        yield
-    finally:
-        SETTINGS.unlink()
+    return settings_in(SETTINGS, "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import re
 import tempfile
 import time
 
+from harness.command import wait
 from harness.crictl import crictl, exit_code, pod
 from harness.runner import deadline, full
 
@@ -38,22 +39,18 @@ def kills(box):
     return int(re.search(r"oom_kill (\d+)", setting(box, "memory.events"))[1])
 
 
-def settles(what, within=30):
-    """Waits until something is so."""
-    end = time.monotonic() + within
-    while not what():
-        assert time.monotonic() < end, f"not within {within} s"
-        time.sleep(0.2)
+def _grows_on_demand(box):
+    """A program that takes more than the machine has, as fast as it can, gets it."""
+    assert total(box) <= 256, total(box)
+    first, large = timed(box, take(MUCH)), total(box)
+    print(f"    {MUCH} MiB are taken in {first:.2f} s; the machine has {large} MiB", flush=True)
+    assert MUCH < large <= 2048 and kills(box) == 0, (large, setting(box, "memory.events"))
 
 
 def test_grows_as_fast_as_memory_is_taken():
     """A pod starts with 256 MiB or less of its 2 GiB; a program that takes more than that as fast as it can gets it."""
     with pod() as it:
-        box = it.start(["sleep", "1000"])
-        assert total(box) <= 256, total(box)
-        first, large = timed(box, take(MUCH)), total(box)
-        print(f"    {MUCH} MiB are taken in {first:.2f} s; the machine has {large} MiB", flush=True)
-        assert MUCH < large <= 2048 and kills(box) == 0, (large, setting(box, "memory.events"))
+        _grows_on_demand(it.start(["sleep", "1000"]))
 
 
 def test_grows_for_many_at_once():
@@ -115,7 +112,7 @@ def _follows_resizes(box):
     assert said.returncode and str(32 << 20) in said.stderr and "in use" in said.stderr, said.stderr
     assert setting(box, "memory.max") == str(400 << 20) and box.exec("echo", "unharmed") == "unharmed"
     crictl("update", "--memory", 200 << 20, box.id)
-    settles(lambda: total(box) <= 256 + 8)
+    wait(lambda: total(box) <= 256 + 8, within=30)
     timed(box, take(128))
     assert kills(box) == 0
 
@@ -135,11 +132,7 @@ def test_grows_from_a_template(containerd):
         template.build(256)
         log = template.Log(containerd)
         with pod() as it:
-            box = it.start(["sleep", "1000"])
-            assert total(box) <= 256, total(box)
-            first, large = timed(box, take(MUCH)), total(box)
-            print(f"    {MUCH} MiB are taken in {first:.2f} s; the machine has {large} MiB", flush=True)
-            assert MUCH < large <= 2048 and kills(box) == 0, (large, setting(box, "memory.events"))
+            _grows_on_demand(it.start(["sleep", "1000"]))
         with pod(linux=limits(memory_limit_in_bytes=256 << 20)) as it:
             _follows_resizes(it.start(["sleep", "1000"], linux=limits(memory_limit_in_bytes=256 << 20)))
         assert log.starts() == ["template"] * 2, log.said()

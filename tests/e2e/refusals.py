@@ -1,6 +1,5 @@
 """What can't work is refused in one clear sentence, and nothing is left (the runner looks after every test)."""
 
-import contextlib
 import os
 import pathlib
 
@@ -10,23 +9,16 @@ from harness.command import run
 from harness.containerd import version
 from harness.crictl import Pod, crictl, pod
 from harness.runner import Skip, deadline
+from harness.settings import settings
 
 from . import block, malformed
 
 CONFIG = pathlib.Path("/etc/husk/config.toml")
 
 
-@contextlib.contextmanager
 def config(text):
     """The given configuration for the length of a test."""
-    CONFIG.parent.mkdir(parents=True, exist_ok=True)
-    CONFIG.write_text(text)
-    try:
-        yield
-    finally:
-        CONFIG.unlink()
-        with contextlib.suppress(OSError):  # other tests' settings are in there
-            CONFIG.parent.rmdir()
+    return settings(CONFIG, text)
 
 
 def _refused(*words, **options):

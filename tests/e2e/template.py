@@ -15,6 +15,7 @@ from harness import leftovers
 from harness.command import output, run, wait
 from harness.crictl import Pod, pids, pod
 from harness.runner import deadline, full
+from harness.settings import settings
 
 ROOT = pathlib.Path("/var/lib/husk/templates")
 NOTES = pathlib.Path("/run/husk/.templates")
@@ -68,12 +69,10 @@ class Log:
 def around(config=""):
     """The test's templates and configuration are its own."""
     before, had_notes = {path.name for path in ROOT.glob("[0-9]*")}, NOTES.exists()
-    DROP_IN.parent.mkdir(parents=True, exist_ok=True)
-    DROP_IN.write_text(config)
     try:
-        yield
+        with settings(DROP_IN, config):
+            yield
     finally:
-        DROP_IN.unlink()
         for path in ROOT.glob("[0-9]*"):
             if path.name not in before:
                 shutil.rmtree(path)

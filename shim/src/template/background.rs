@@ -12,8 +12,9 @@ use tracing::{info, warn};
 
 use super::build::log_file;
 use super::command::Request;
+use super::files::StoreError;
 use super::key::Inputs;
-use super::store::{Lock, Store, StoreError};
+use super::store::{Lock, Store};
 use crate::cgroup::{self, CgroupError};
 use crate::error::chain;
 use crate::spec::size::Size;
@@ -74,7 +75,7 @@ fn failed(doing: &'static str) -> impl FnOnce(io::Error) -> StartError {
 /// process ends. Must be called within the runtime, on the main thread.
 pub(crate) fn start(store: &Store, inputs: &Inputs, birthplace: &Birthplace) {
     let name = inputs.name();
-    if let Some(why) = store.failed_lately(&name) {
+    if let Some(why) = store.notes.failed_lately(&name) {
         warn!(
             "the template {name} is not built now, since a build has failed a short time ago (`husk template build` tries again at once): {why}"
         );
@@ -82,7 +83,7 @@ pub(crate) fn start(store: &Store, inputs: &Inputs, birthplace: &Birthplace) {
     }
     match spawn(store, inputs.size(), birthplace) {
         Ok(true) => {
-            info!("the template {name} is being built; what the build says: {}", store.note_path(LOG).display())
+            info!("the template {name} is being built; what the build says: {}", store.notes.path(LOG).display())
         }
         Ok(false) => {}
         Err(error) => warn!("the template {name} is not built: {}", chain(&error)),
@@ -100,8 +101,8 @@ fn spawn(store: &Store, size: Size, birthplace: &Birthplace) -> Result<bool, Sta
         background: Some(Background { cgroups }),
     };
     let request = serde_json::to_string(&request).map_err(|error| failed("describe the build")(error.into()))?;
-    store.make_notes().map_err(failed("make the directory for the build's log"))?;
-    let log = log_file(&store.note_path(LOG)).map_err(failed("make the build's log"))?;
+    store.notes.make().map_err(failed("make the directory for the build's log"))?;
+    let log = log_file(&store.notes.path(LOG)).map_err(failed("make the build's log"))?;
     let mut command = Command::new(std::env::current_exe().map_err(failed("find the shim's program"))?);
     command.arg(super::command::ACTION).arg(request).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
     let clone = |file: &File| file.try_clone().map(Into::into).map_err(failed("share a descriptor"));

@@ -9,8 +9,9 @@ use husk_agent_api::TEMPLATE_READY;
 use thiserror::Error;
 
 use super::code;
+use super::files::StoreError;
 use super::key::{InputError, Inputs};
-use super::store::{Lock, Manifest, Store, StoreError};
+use super::store::{Lock, Manifest, Store};
 use super::{MAC, MTU};
 use crate::config::{Config, ConfigError, Programs};
 use crate::peer::PeerError;

@@ -42,6 +42,13 @@ pub(super) struct Code {
     pub(super) end: u64,
 }
 
+impl Code {
+    /// Length in bytes.
+    pub(super) fn len(&self) -> u64 {
+        self.end.saturating_sub(self.start)
+    }
+}
+
 /// The whole huge pages of a kernel's section .text. (The rest of that segment holds gaps that Linux frees once it is up.) Nothing where there
 /// are none, or the file is no such kernel.
 pub(super) fn of_kernel(path: &Path) -> io::Result<Option<Code>> {

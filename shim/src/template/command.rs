@@ -10,8 +10,9 @@ use thiserror::Error;
 
 use super::background::{self, Background};
 use super::build::{self, BuildError};
+use super::files::StoreError;
 use super::key::{InputError, Inputs};
-use super::store::{Listed, Store, StoreError};
+use super::store::{Listed, Store};
 use crate::config::{Config, ConfigError, MAX_VCPUS, MIN_MEMORY_MIB};
 use crate::error::chain;
 use crate::logging;
@@ -152,7 +153,7 @@ fn build(
                 && let Ok(inputs) = config.programs().map(|programs| Inputs::gather(&config, &programs, size))
                 && let Ok(inputs) = inputs
             {
-                store.note_failure(&inputs.name(), &chain(&error));
+                store.notes.note_failure(&inputs.name(), &chain(&error));
             }
             Err(CommandError::Build(Box::new(error)))
         }

@@ -1,12 +1,15 @@
 //! Templates: virtual machines that were saved once their agent was up, from which pods of the same shape go on instead of booting
-//! (shim/docs/templates.md). `key` tells what shaped one, `store` keeps them on disk, `build` makes one, `background` does so after a
-//! pod's cold start, `command` is the operator's side, `code` finds what all pods from one can share.
+//! (shim/docs/templates.md). `key` tells what shaped one, `store` keeps them on disk (`files`: what it believes of that),
+//! `notes` what is known of them until the host's next boot, `build` makes one, `background` does so after a pod's cold start, `command` is the
+//! operator's side, `code` finds what all pods from one can share.
 
 pub(crate) mod background;
 mod build;
 mod code;
 pub(crate) mod command;
+mod files;
 mod key;
+mod notes;
 mod store;
 
 use std::path::PathBuf;
@@ -17,8 +20,9 @@ use crate::config::{Config, Programs, Templates};
 use crate::error::chain;
 use crate::peer::vmm::Saved;
 use crate::spec::size::Size;
+use files::StoreError;
 pub(crate) use key::Inputs;
-use store::{Store, StoreError};
+use store::Store;
 
 /// Where it is noted which templates were verified since the host's boot, and which could not be built.
 const NOTES: &str = "/run/husk/.templates";
@@ -73,7 +77,7 @@ pub(crate) fn seek(config: &Config, programs: &Programs, size: Size) -> Sought {
     let found = match store.find(&inputs) {
         Ok(Some((template, mut saved))) => {
             if config.share_code {
-                let shared = store.share(&template, &saved);
+                let shared = store.notes.share(&template, &saved);
                 shared.map(|code| saved.code = code).unwrap_or_else(|error| {
                     warn!("the pod has its kernel's code for itself: {}", chain(&error));
                 });

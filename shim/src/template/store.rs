@@ -1,11 +1,9 @@
 //! The host's templates: `/var/lib/husk/templates/<name>/{manifest.json,state,memory}`, each directory root's own with mode 0700,
 //! each file with 0600. A template appears whole, by a rename, and only under the lock; whoever has its files open may go on with them
-//! when it is removed. What is noted about templates until the host's next boot lies in `/run/husk/.templates`, which is no pod's
-//! directory since no id begins with a dot.
+//! when it is removed.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::fd::OwnedFd;
+use std::io::{self, ErrorKind, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -17,12 +15,13 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use super::Template;
 use super::code::Code;
-use super::key::{FileIdentity, Inputs};
-use super::{NOTES, Template};
+use super::files::{Kind, StoreError, check, delete, entry, missing, open};
+use super::key::Inputs;
+use super::notes::{Known, Notes, stamp};
 use crate::error::chain;
 use crate::peer::vmm::{Saved, Snapshot};
-use crate::random;
 
 /// Where templates are.
 const ROOT: &str = "/var/lib/husk/templates";
@@ -42,9 +41,6 @@ const MAX_STATE: u64 = husk_snapshot::STATE_MAX + husk_snapshot::wire::HEADER_LE
 /// A use is noted no more often than this.
 const USE_GRAIN: Duration = Duration::from_secs(3600);
 
-/// How long a failed build keeps pods from starting another.
-const FAILURE_REST: Duration = Duration::from_secs(600);
-
 /// The lock's file.
 const LOCK: &str = ".lock";
 
@@ -52,15 +48,12 @@ const LOCK: &str = ".lock";
 const BUILDING: &str = ".building-";
 const REMOVED: &str = ".removed-";
 
-/// What follows a template's name in the name of the file that has its kernel's code, and while that is written.
-const CODE: &str = ".code-";
-const NEW_CODE: &str = ".new-code-";
-
 /// The templates of a host.
 #[derive(Clone, Debug)]
 pub(crate) struct Store {
     root: PathBuf,
-    notes: PathBuf,
+    /// What is noted about them.
+    pub(super) notes: Notes,
 }
 
 /// A template's manifest.json.
@@ -77,52 +70,6 @@ pub(super) struct Manifest {
     pub(super) code: Option<Code>,
     /// All that shaped it.
     pub(super) inputs: Inputs,
-}
-
-/// Why a template can't be used, made or removed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum StoreError {
-    /// A file or directory.
-    #[error("cannot {doing} {path}", path = path.display())]
-    Io {
-        /// What failed.
-        doing: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A file or directory that is not as husk makes it: somebody else could have put anything there.
-    #[error("{path} {what}: it must be root's, a {kind} with mode {mode:o}; husk leaves it alone", path = path.display())]
-    Foreign {
-        /// Which.
-        path: PathBuf,
-        /// What is wrong.
-        what: String,
-        /// What it must be.
-        kind: &'static str,
-        /// The mode that it must have.
-        mode: u32,
-    },
-    /// Another process makes or removes templates, and does not come to an end.
-    #[error("waited {limit:?} for {path}, the right to make templates, which {holder} has", path = path.display())]
-    Locked {
-        /// The lock.
-        path: PathBuf,
-        /// How long.
-        limit: Duration,
-        /// Who has it.
-        holder: String,
-    },
-    /// The template is broken and of no use to anybody.
-    #[error("the template {path} is damaged: {what}", path = path.display())]
-    Damaged {
-        /// Its directory.
-        path: PathBuf,
-        /// In which way.
-        what: String,
-    },
 }
 
 /// The right to make and remove templates. It goes with the last process that has its descriptor.
@@ -148,7 +95,7 @@ impl Lock {
 impl Store {
     /// This host's.
     pub(crate) fn of_host() -> Self {
-        Self { root: ROOT.into(), notes: NOTES.into() }
+        Self { root: ROOT.into(), notes: Notes::of_host() }
     }
 
     /// The template that fits `inputs`, its files open and sound.
@@ -169,65 +116,17 @@ impl Store {
         check(&path, &manifest, Kind::File)?;
 
         let stamp = stamp(&state_metadata, &memory_metadata, &manifest, &text);
-        let noted = fs::read_to_string(self.notes.join(&name)).ok();
-        let known = match noted.as_deref().and_then(|noted| noted.strip_suffix(&stamp)).and_then(Known::parse) {
+        let known = match self.notes.known(&name, &stamp) {
             Some(known) => known,
             None => {
                 let Some(known) = self.inspect(&directory, inputs, (&state, &memory))? else { return Ok(None) };
-                self.note(&name, &known, &stamp);
+                self.notes.note(&name, &known, &stamp);
                 known
             }
         };
         self.note_use(&path, &manifest);
         let template = Template { name, nonce: known.nonce, directory, inode, code: known.code };
         Ok(Some((template, Saved { state: state.into(), memory: memory.into(), code: None })))
-    }
-
-    /// The kernel's code of a template that was found, in memory until the host's next boot, and its address in the guest; nothing where it
-    /// can't be shared. Made for the first pod.
-    pub(super) fn share(&self, template: &Template, saved: &Saved) -> Result<Option<(OwnedFd, u64)>, StoreError> {
-        let (Some(code), name) = (&template.code, &template.name) else { return Ok(None) };
-        let look = |source| StoreError::Io { doing: "read the template in", path: template.directory.clone(), source };
-        let mut memory = File::from(saved.memory.try_clone().map_err(look)?);
-        let metadata = memory.metadata().map_err(look)?;
-        // The file is of just this memory file: a template of the same name may take its place meanwhile.
-        let identity = format!("{:x}-{:x}-{:x}", metadata.ino(), metadata.mtime(), metadata.mtime_nsec());
-        let path = self.notes.join(format!("{name}{CODE}{identity}"));
-        let failed = |doing| {
-            let path = path.clone();
-            move |source| StoreError::Io { doing, path, source }
-        };
-        let wanted = code.end.saturating_sub(code.start);
-        if entry(&path)?.is_none() {
-            self.forget(name, CODE);
-            let made = self.notes.join(format!("{name}{NEW_CODE}{}", std::process::id()));
-            let mut make = || {
-                self.make_notes()?;
-                let mut options = OpenOptions::new();
-                let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&made)?;
-                memory.seek(SeekFrom::Start(code.start))?;
-                let copied = io::copy(&mut (&memory).take(wanted), &mut file)?;
-                if copied == wanted { fs::rename(&made, &path) } else { Err(ErrorKind::UnexpectedEof.into()) }
-            };
-            make().inspect_err(|_| _ = fs::remove_file(&made)).map_err(failed("write"))?;
-        }
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path).map_err(failed("open"))?;
-        let metadata = file.metadata().map_err(failed("look at"))?;
-        check(&path, &metadata, Kind::File)?;
-        if metadata.len() != wanted {
-            return Err(failed("use")(io::Error::other(format!("it has {} bytes, not {wanted}", metadata.len()))));
-        }
-        Ok(Some((file.into(), code.start)))
-    }
-
-    /// Removes files with the kernel's code of templates that were called so; pods that have them open keep them.
-    fn forget(&self, name: &str, kind: &str) {
-        let prefix = format!("{name}{kind}");
-        for entry in fs::read_dir(&self.notes).into_iter().flatten().flatten() {
-            if entry.file_name().to_string_lossy().starts_with(&prefix) {
-                let _ = fs::remove_file(entry.path());
-            }
-        }
     }
 
     /// Looks at all of a template: what a pod must know of it, if it fits `inputs`.
@@ -389,9 +288,9 @@ impl Store {
         let files = ["state", "memory", MANIFEST].map(|file| fs::symlink_metadata(directory.join(file)));
         if let ([Ok(state), Ok(memory), Ok(file)], Some(known)) = (&files, Known::of(manifest)) {
             // It lies in the host's memory as it was written.
-            self.note(&name, &known, &stamp(state, memory, file, &manifest.inputs.text()));
+            self.notes.note(&name, &known, &stamp(state, memory, file, &manifest.inputs.text()));
         }
-        let _ = fs::remove_file(self.failure(&name));
+        self.notes.forget_failure(&name);
         self.sweep(lock);
         Ok(())
     }
@@ -415,7 +314,7 @@ impl Store {
         if !is_name(name) || !self.is_there()? || entry(&directory)?.is_none() {
             return Ok(false);
         }
-        let _ = fs::remove_file(self.failure(name));
+        self.notes.forget_failure(name);
         self.take_away(&directory).map(|()| true)
     }
 
@@ -428,9 +327,7 @@ impl Store {
             path: directory.to_owned(),
             source,
         })?;
-        let _ = fs::remove_file(self.notes.join(&name));
-        self.forget(&name, CODE);
-        self.forget(&name, NEW_CODE);
+        self.notes.forget(&name);
         delete(&away);
         Ok(())
     }
@@ -480,49 +377,6 @@ impl Store {
         found
     }
 
-    /// Notes that this very template was verified since the host's boot, and what its agent's hello will say.
-    fn note(&self, name: &str, known: &Known, stamp: &str) {
-        let path = self.notes.join(name);
-        let note = known.text() + stamp;
-        if let Err(error) = self.make_notes().and_then(|()| fs::write(&path, note)) {
-            warn!("cannot note in {} that the template is sound: {error}", path.display());
-        }
-    }
-
-    /// The directory of notes.
-    pub(super) fn make_notes(&self) -> io::Result<()> {
-        if let Some(parent) = self.notes.parent() {
-            DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
-        }
-        match DirBuilder::new().mode(0o700).create(&self.notes) {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-            made => made,
-        }
-    }
-
-    /// A file beside the notes.
-    pub(super) fn note_path(&self, name: &str) -> PathBuf {
-        self.notes.join(name)
-    }
-
-    fn failure(&self, name: &str) -> PathBuf {
-        self.notes.join(format!("{name}.failed"))
-    }
-
-    /// Notes that a build failed, and why.
-    pub(super) fn note_failure(&self, name: &str, why: &str) {
-        if let Err(error) = self.make_notes().and_then(|()| fs::write(self.failure(name), why)) {
-            warn!("cannot note that a build failed: {error}");
-        }
-    }
-
-    /// Why a build failed so short a time ago that it is not tried again.
-    pub(super) fn failed_lately(&self, name: &str) -> Option<String> {
-        let path = self.failure(name);
-        let age = fs::metadata(&path).ok()?.modified().ok()?.elapsed().ok()?;
-        if age < FAILURE_REST { fs::read_to_string(path).ok() } else { None }
-    }
-
     /// Notes the use by the manifest's time. Where that can't be, it will be thought unused.
     fn note_use(&self, manifest: &Path, metadata: &Metadata) {
         let age = metadata.modified().ok().and_then(|modified| modified.elapsed().ok());
@@ -561,97 +415,6 @@ fn is_name(name: &str) -> bool {
     is_number(cpus.strip_suffix("cpu")) && is_number(memory.strip_suffix("mib")) && is_sum
 }
 
-/// What a path must be.
-#[derive(Clone, Copy)]
-enum Kind {
-    Directory,
-    File,
-}
-
-/// What is at `path`, not followed; nothing if nothing is.
-fn entry(path: &Path) -> Result<Option<Metadata>, StoreError> {
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        found => found.map(Some).map_err(|source| StoreError::Io { doing: "look at", path: path.to_owned(), source }),
-    }
-}
-
-/// Refuses what others than root could have made or changed.
-fn check(path: &Path, metadata: &Metadata, kind: Kind) -> Result<(), StoreError> {
-    let (is_kind, kind, wanted) = match kind {
-        Kind::Directory => (metadata.is_dir(), "directory", 0o700),
-        Kind::File => (metadata.is_file(), "regular file", 0o600),
-    };
-    let mode = metadata.mode() & 0o7777;
-    let what = if !is_kind {
-        format!("is no {kind}")
-    } else if metadata.uid() != 0 || metadata.gid() != 0 {
-        format!("belongs to {}:{}", metadata.uid(), metadata.gid())
-    } else if mode != wanted {
-        format!("has mode {mode:o}")
-    } else {
-        return Ok(());
-    };
-    Err(StoreError::Foreign { path: path.to_owned(), what, kind, mode: wanted })
-}
-
-fn missing(directory: &Path, name: &str) -> StoreError {
-    StoreError::Damaged { path: directory.to_owned(), what: format!("its file {name} is not there") }
-}
-
-/// What tells a template that was verified from one that is or was at its place at another time, and from one of other inputs. The manifest's time is
-/// that of the last use.
-fn stamp(state: &Metadata, memory: &Metadata, manifest: &Metadata, inputs: &str) -> String {
-    let files = [state, memory].map(FileIdentity::of);
-    format!("\n{files:?} {} {} {}\n{inputs}", manifest.dev(), manifest.ino(), manifest.len())
-}
-
-/// What a pod must know of a sound template: on one line of its note.
-struct Known {
-    nonce: [u8; 16],
-    code: Option<Code>,
-}
-
-impl Known {
-    /// Nothing if the manifest's nonce is none.
-    fn of(manifest: &Manifest) -> Option<Self> {
-        Some(Self { nonce: parse_nonce(&manifest.nonce)?, code: manifest.code.clone() })
-    }
-
-    fn text(&self) -> String {
-        let code = self.code.as_ref().map(|code| format!(" {:x}-{:x}", code.start, code.end));
-        random::hex(&self.nonce) + &code.unwrap_or_default()
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let Some((nonce, code)) = text.split_once(' ') else {
-            return Some(Self { nonce: parse_nonce(text)?, code: None });
-        };
-        let (start, end) = code.split_once('-')?;
-        let number = |text| u64::from_str_radix(text, 16).ok();
-        Some(Self { nonce: parse_nonce(nonce)?, code: Some(Code { start: number(start)?, end: number(end)? }) })
-    }
-}
-
-/// A nonce of 32 hexadecimal digits.
-fn parse_nonce(text: &str) -> Option<[u8; 16]> {
-    let number = u128::from_str_radix(text, 16).ok().filter(|_| text.len() == 32 && !text.starts_with('+'));
-    number.map(u128::to_be_bytes)
-}
-
-/// Opens a file of a template.
-fn open(directory: &Path, name: &str) -> Result<(File, Metadata), StoreError> {
-    let path = directory.join(name);
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
-    let opened = file.and_then(|file| file.metadata().map(|metadata| (file, metadata)));
-    let (file, metadata) = opened.map_err(|source| match source.kind() {
-        ErrorKind::NotFound => missing(directory, name),
-        _ => StoreError::Io { doing: "open", path: path.clone(), source },
-    })?;
-    check(&path, &metadata, Kind::File)?;
-    Ok((file, metadata))
-}
-
 /// Why files are no snapshot.
 #[derive(Debug, thiserror::Error)]
 enum VerifyError {
@@ -673,15 +436,6 @@ fn verify(mut state: &File, memory: &File) -> Result<(), VerifyError> {
         damaged => damaged.into(),
     })?;
     state.rewind().map_err(VerifyError::Read)
-}
-
-/// Removes a directory of files that is husk's own.
-fn delete(directory: &Path) {
-    if let Err(error) = fs::remove_dir_all(directory)
-        && error.kind() != ErrorKind::NotFound
-    {
-        warn!("cannot remove {}: {error}", directory.display());
-    }
 }
 
 #[cfg(test)]

@@ -17,7 +17,8 @@ struct World {
 impl World {
     fn new() -> Self {
         let place = tempfile::tempdir().unwrap();
-        let store = Store { root: place.path().join("lib/templates"), notes: place.path().join("run/.templates") };
+        let store =
+            Store { root: place.path().join("lib/templates"), notes: Notes::at(place.path().join("run/.templates")) };
         let inputs = key::tests::inputs(place.path());
         Self { place, store, inputs }
     }
@@ -53,7 +54,7 @@ impl World {
 
     /// As after the host's boot.
     fn forget_notes(&self) {
-        fs::remove_dir_all(&self.store.notes).unwrap();
+        fs::remove_dir_all(self.store.notes.path("")).unwrap();
     }
 }
 
@@ -82,14 +83,19 @@ fn the_kernels_code_is_one_file_for_all_until_the_template_is_removed() {
     let world = World::new();
     let code = || {
         let (template, saved) = world.find().unwrap().unwrap();
-        let shared = world.store.share(&template, &saved);
+        let shared = world.store.notes.share(&template, &saved);
         shared.map(|code| code.map(|(file, address)| (File::from(file), address)).unwrap())
     };
     let files = || {
-        let names = fs::read_dir(&world.store.notes).unwrap().map(|entry| entry.unwrap().path());
+        let names = fs::read_dir(world.store.notes.path("")).unwrap().map(|entry| entry.unwrap().path());
         names.filter(|path| path.to_string_lossy().contains("code-")).collect::<Vec<_>>()
     };
     world.make(&world.inputs, b"first");
+    let at_once: std::collections::HashSet<_> = std::thread::scope(|scope| {
+        let pods: Vec<_> = (0..8).map(|_| scope.spawn(|| code().unwrap().0.metadata().unwrap().ino())).collect();
+        pods.into_iter().map(|pod| pod.join().unwrap()).collect()
+    });
+    assert_eq!((at_once.len(), files().len()), (1, 1));
     let ((first, address), (again, _)) = (code().unwrap(), code().unwrap());
     let mut bytes = [0; 6];
     first.read_exact_at(&mut bytes, 0).unwrap();
@@ -105,6 +111,7 @@ fn the_kernels_code_is_one_file_for_all_until_the_template_is_removed() {
     // Of no use to anybody: the template is, without it.
     File::options().write(true).open(&files()[0]).unwrap().set_len(5).unwrap();
     assert!(code().is_err());
+    code().unwrap();
     assert!(world.store.remove_named(&world.inputs.name()).unwrap());
     assert!(files().is_empty());
 }
@@ -133,7 +140,7 @@ fn damage_is_noticed_once_a_boot_and_where_a_file_has_changed() {
     world.make(&world.inputs, b"x");
     world.forget_notes();
     assert!(world.find().unwrap().is_some());
-    assert!(world.store.notes.join(world.inputs.name()).exists());
+    assert!(world.store.notes.path(&world.inputs.name()).exists());
     let memory = world.directory().join("memory");
     let write = |byte: &[u8]| {
         let file = File::options().write(true).open(&memory).unwrap();
@@ -245,11 +252,11 @@ fn eight_are_kept_that_still_fit() {
 fn a_failure_is_remembered_until_there_is_a_template() {
     let world = World::new();
     let name = world.inputs.name();
-    assert_eq!(world.store.failed_lately(&name), None);
-    world.store.note_failure(&name, "no room");
-    assert_eq!(world.store.failed_lately(&name).as_deref(), Some("no room"));
+    assert_eq!(world.store.notes.failed_lately(&name), None);
+    world.store.notes.note_failure(&name, "no room");
+    assert_eq!(world.store.notes.failed_lately(&name).as_deref(), Some("no room"));
     world.make(&world.inputs, b"x");
-    assert_eq!(world.store.failed_lately(&name), None);
+    assert_eq!(world.store.notes.failed_lately(&name), None);
 }
 
 #[test]
